@@ -1,0 +1,138 @@
+// THE definition: loss and gradient of binary cross entropy with logits, one element at a time.
+//
+// Every backend instantiates this text and nothing else. `Real` is a floating-point number or a
+// SIMD vector of them; it brings operators, Real::Scalar or itself as the element type, and the
+// words
+//   abs(x)  fma(a, b, c)  select(mask, if_true, if_false)
+//   sign_bit(x)  flip_sign(y, x)  scale_exp2_minus(y, shifted)
+// found by argument-dependent lookup. Nothing here knows of torch.
+#pragma once
+
+#if defined(__CUDACC__)
+#define FUSED_BCE_INLINE __host__ __device__ __forceinline__
+#else
+#define FUSED_BCE_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace fused_bce {
+
+// c0 + x c1 + x^2 c2 + ...
+template <class Real, class Scalar>
+FUSED_BCE_INLINE Real polynomial(Real, Scalar c0) {
+  return Real(c0);
+}
+template <class Real, class Scalar, class... Scalars>
+FUSED_BCE_INLINE Real polynomial(Real x, Scalar c0, Scalars... rest) {
+  return fma(polynomial(x, rest...), x, Real(c0));
+}
+
+// The numbers that depend on the precision. The coefficients are Chebyshev fits made with
+// mpmath.chebyfit at 60 digits, except log1p in float, a minimax fit; the bounds beside them are
+// relative errors of the exact polynomial.
+template <class Scalar>
+struct Precision;
+
+template <>
+struct Precision<float> {
+  static constexpr float kLog2e = 1.44269504088896341f;
+  // ln 2 in two parts; the first has 9 significant bits, so its product with n <= 127 is exact.
+  static constexpr float kLn2High = 0.693359375f;
+  static constexpr float kLn2Low = -2.12194440054690583e-4f;
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+  static constexpr float kRoundShift = 12582912.f;
+  // exp(-a) has no normal result beyond; here it is 0.
+  static constexpr float kLargestExponent = 88.02969187150841f;  // 127 ln 2
+
+  // (exp(-r) - 1 + r) / r^2 for |r| <= ln 2 / 2, to 2^-26.9 of exp(-r)
+  template <class Real>
+  static FUSED_BCE_INLINE Real exp_remainder(Real r) {
+    return polynomial(r, 0.5f, -0.16666576666119928f, 0.041666554212984150f,
+                      -0.0083632328836826822f, 0.0013926250831497612f);
+  }
+  // log1p(e) on (0, 1] as e + e^2 Q(e): no division, and no digit lost for small e.
+  template <class Real>
+  static FUSED_BCE_INLINE Real log1p(Real e) {
+    const Real q =
+        polynomial(e, -0.499999873f, 0.333326897f, -0.249885786f, 0.198979289f, -0.161293241f,
+                   0.124670961f, -0.0830736998f, 0.0419810481f, -0.0136313331f, 0.00207291814f);
+    return fma(e * e, q, e);
+  }
+};
+
+template <>
+struct Precision<double> {
+  static constexpr double kLog2e = 1.44269504088896340736;
+  static constexpr double kLn2High = 6.93147180369123816490e-01;  // 32 significant bits
+  static constexpr double kLn2Low = 1.90821492927058770002e-10;
+  static constexpr double kRoundShift = 6755399441055744.0;       // 1.5 * 2^52
+  static constexpr double kLargestExponent = 709.08956571282405;  // 1023 ln 2
+
+  // as above, to 2^-56.1
+  template <class Real>
+  static FUSED_BCE_INLINE Real exp_remainder(Real r) {
+    return polynomial(r, 0.50000000000000010314, -0.1666666666666666746, 0.041666666666623820532,
+                      -0.0083333333333300381973, 0.0013888888917367080562,
+                      -0.00019841269863171556026, 2.4801521057868205199e-5,
+                      -2.7557268276905696187e-6, 2.7620201591031548792e-7,
+                      -2.5100472505694996003e-8);
+  }
+  // log1p(e) = 2 atanh(s), s = e / (2 + e) <= 1/3. Written as e - s (e - R), where the rounding
+  // error of s counts for a third. R / s^2 to 2^-62.
+  template <class Real>
+  static FUSED_BCE_INLINE Real log1p(Real e) {
+    const Real s = e / (Real(2) + e);
+    const Real z = s * s;
+    const Real r =
+        z * polynomial(z, 0.66666666666666666886, 0.39999999999999522505, 0.28571428571600099292,
+                       0.22222222198236770557, 0.18181819897962714383, 0.15384543964860549287,
+                       0.13335178631449255837, 0.1173427906130319746, 0.10845178394880014822,
+                       0.074921437955507673008, 0.15630577800922850446);
+    return e - s * (e - r);
+  }
+};
+
+// exp(-a) for a >= 0: a = n ln 2 + r, exp(-a) = 2^-n exp(-r). NaN stays NaN: it fails the
+// comparison, and its polynomial is NaN whatever the scale.
+template <class Real>
+FUSED_BCE_INLINE Real exp_minus(Real a) {
+  using P = Precision<typename Real::Scalar>;
+  const Real bounded = select(a > Real(P::kLargestExponent), Real(P::kLargestExponent), a);
+  const Real shifted = fma(bounded, Real(P::kLog2e), Real(P::kRoundShift));
+  const Real n = shifted - Real(P::kRoundShift);
+  const Real r = fma(n, Real(-P::kLn2Low), fma(n, Real(-P::kLn2High), bounded));
+  const Real y = fma(fma(P::exp_remainder(r), r, Real(-1)), r, Real(1));
+  return scale_exp2_minus(y, shifted);
+}
+
+template <class Real>
+struct LossAndGrad {
+  Real loss;
+  Real grad;  // of the loss with respect to the logit
+};
+
+//   loss = (1 - t) softplus(x) + p t softplus(-x)        t: target, p: pos_weight
+// With a = |x|, one of the two softplus is sp = log1p(exp(-a)), the other a + sp, so
+//   loss = a q + (u + v) sp         u = 1 - t, v = p t, q = v if x < 0 else u
+//   grad = sign(x) (q - (u + v) c)  c = sigmoid(-a)
+// Both come from one exponential, and for hard targets nothing cancels on either side.
+template <bool kHasPosWeight, class Real>
+FUSED_BCE_INLINE LossAndGrad<Real> bce_with_logits(Real x, Real t, Real pos_weight) {
+  const Real zero(0), one(1);
+  const Real a = abs(x);
+  const Real e = exp_minus(a);
+  const Real c = e / (one + e);
+  const Real sp = Precision<typename Real::Scalar>::log1p(e);
+
+  const Real u = one - t;
+  const Real v = kHasPosWeight ? pos_weight * t : t;
+  const Real q = select(sign_bit(x), v, u);
+  // The limit for an infinite logit on the side of its target is 0, not inf * 0.
+  const Real linear = select(q == zero, zero, a * q);
+
+  // Without pos_weight u + v is 1; not computing it saves a rounding as well.
+  const Real loss = kHasPosWeight ? fma(u + v, sp, linear) : linear + sp;
+  const Real slope = kHasPosWeight ? q - (u + v) * c : q - c;
+  return {loss, flip_sign(slope, x)};
+}
+
+}  // namespace fused_bce

@@ -1,0 +1,55 @@
+// A checked call, as plain data: the bridge from ops.cpp to the backends.
+#pragma once
+
+#include <cstdint>
+
+namespace fused_bce {
+
+enum class DType : uint8_t { kFloat16, kBFloat16, kFloat32, kFloat64 };
+
+// A dense array of `numel` elements in the order of the walk.
+struct Dense {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+};
+
+// An operand broadcast along the walk, seen as [outer, channels, inner]: element i of the walk is
+// data[i / inner % channels * stride]. A scalar has one channel, a full array numel of them.
+struct Broadcast {
+  const void* data = nullptr;  // null: absent
+  DType dtype = DType::kFloat32;
+  int64_t channels = 1;
+  int64_t inner = 1;
+  int64_t stride = 0;
+};
+
+enum class Reduction : uint8_t { kNone, kMean, kSum };
+
+// The arithmetic is done in double if logits or target are float64, else in float.
+struct Problem {
+  int64_t numel = 0;
+  Dense logits;
+  Dense target;
+  Broadcast weight;
+  Broadcast pos_weight;
+  Reduction reduction = Reduction::kMean;
+
+  // Outputs; null where not wanted.
+  void* loss = nullptr;  // [numel] for none, else one number
+  DType loss_dtype = DType::kFloat32;
+  void* grad_logits = nullptr;  // [numel], in the dtype of the logits
+
+  // The gradient's factors: one number (1/N, grad_loss), and one for each element in the backward
+  // of none.
+  double grad_scale = 1.0;
+  Broadcast grad_loss;
+};
+
+inline bool computes_in_double(const Problem& p) {
+  return p.logits.dtype == DType::kFloat64 || p.target.dtype == DType::kFloat64;
+}
+
+// Bit-identical results for any number of threads.
+void launch_cpu(const Problem& problem);
+
+}  // namespace fused_bce

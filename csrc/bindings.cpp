@@ -1,0 +1,60 @@
+// The Python module fused_bce._C: build facts, and the choice of instruction set. Importing it
+// registers the operators, unless torch is not the one that they were built for.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/version.h>
+
+#include "cpu/isa.h"
+#include "ops.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::string torch_at_build() {
+  return std::to_string(TORCH_VERSION_MAJOR) + "." + std::to_string(TORCH_VERSION_MINOR);
+}
+
+// torch keeps its C++ interface within a minor release, not from one to the next.
+void check_torch_version() {
+  const auto version = py::module_::import("torch").attr("__version__");
+  const std::string running = py::str(version);
+  if (running.rfind(torch_at_build() + ".", 0) == 0) return;
+  const std::string message =
+      "fused_bce was built for torch " + torch_at_build() + " but this is torch " + running +
+      ". Rebuild it in its source folder: pip install --no-build-isolation --no-deps "
+      "--force-reinstall .";
+  PyErr_SetString(PyExc_ImportError, message.c_str());
+  throw py::error_already_set();
+}
+
+#if defined(__clang__)
+constexpr const char* kCompiler = "clang " __clang_version__;
+#else
+constexpr const char* kCompiler = "gcc " __VERSION__;
+#endif
+
+py::dict build_info() {
+  py::dict info;
+  info["torch"] = TORCH_VERSION;
+  info["compiler"] = kCompiler;
+  info["cuda_archs"] = py::none();
+  return info;
+}
+
+std::vector<std::string> instruction_set_names() {
+  std::vector<std::string> names;
+  for (const auto& set : fused_bce::instruction_sets()) names.push_back(set.name);
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  check_torch_version();
+  fused_bce::register_ops();
+  m.def("build_info", &build_info);
+  m.def("instruction_sets", &instruction_set_names);
+  m.def("current_instruction_set", [] { return fused_bce::current_instruction_set().name; });
+  m.def("use_instruction_set", &fused_bce::use_instruction_set, py::arg("name"));
+}

@@ -1,0 +1,45 @@
+#include "isa.h"
+
+#include <atomic>
+#include <stdexcept>
+
+namespace fused_bce {
+
+const std::vector<InstructionSet>& instruction_sets() {
+  static const std::vector<InstructionSet> available = [] {
+    std::vector<InstructionSet> found;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    // Every processor with AVX2 has F16C, which not every compiler can ask for.
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx2 && __builtin_cpu_supports("avx512f")) found.push_back({"avx512", avx512::run});
+    if (avx2) found.push_back({"avx2", avx2::run});
+    found.push_back({"sse2", baseline::run});
+#elif defined(__aarch64__)
+    found.push_back({"neon", baseline::run});
+#else
+    found.push_back({"baseline", baseline::run});
+#endif
+    return found;
+  }();
+  return available;
+}
+
+static std::atomic<const InstructionSet*>& chosen() {
+  static std::atomic<const InstructionSet*> set{&instruction_sets().front()};
+  return set;
+}
+
+const InstructionSet& current_instruction_set() { return *chosen().load(); }
+
+void use_instruction_set(const std::string& name) {
+  for (const InstructionSet& set : instruction_sets()) {
+    if (set.name == name) {
+      chosen().store(&set);
+      return;
+    }
+  }
+  throw std::invalid_argument("no instruction set '" + name + "' here");
+}
+
+}  // namespace fused_bce

@@ -1,0 +1,38 @@
+// The instruction sets that the CPU kernel is compiled for. The best one that the processor has is
+// chosen once, so a binary built on one machine is fast and safe on another.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../bce_problem.h"
+
+namespace fused_bce {
+
+// Computes elements [begin, end) of the walk and returns the sum of their losses.
+using RunKernel = double (*)(const Problem&, int64_t begin, int64_t end);
+
+struct InstructionSet {
+  const char* name;
+  RunKernel run;
+};
+
+// Those that this build has and this processor can run, best first.
+const std::vector<InstructionSet>& instruction_sets();
+const InstructionSet& current_instruction_set();
+// For tests and measurements; std::invalid_argument if there is none of that name.
+void use_instruction_set(const std::string& name);
+
+namespace baseline {
+double run(const Problem&, int64_t begin, int64_t end);
+}
+#if defined(__x86_64__)
+namespace avx2 {
+double run(const Problem&, int64_t begin, int64_t end);
+}
+namespace avx512 {
+double run(const Problem&, int64_t begin, int64_t end);
+}
+#endif
+
+}  // namespace fused_bce

@@ -1,0 +1,70 @@
+// Vectors as wide as the instruction set's registers, in the words that bce_math.h asks for.
+//
+// Included inside the namespace and under the target of one instruction set: kernel_for_isa.h. The
+// vector extensions of GCC and Clang give the operators on every architecture; only the width must
+// be right, for a vector wider than the registers is split badly.
+#pragma once
+
+template <class T>
+struct Register;
+template <>
+struct Register<float> {
+  using Int = int32_t;
+  typedef float Native __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Mask __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct Register<double> {
+  using Int = int64_t;
+  typedef double Native __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Mask __attribute__((vector_size(kVectorBytes)));
+};
+
+template <class T>
+struct Vec {
+  using Scalar = T;
+  using Int = typename Register<T>::Int;
+  using Native = typename Register<T>::Native;
+  using Mask = typename Register<T>::Mask;
+  static constexpr int kLanes = kVectorBytes / sizeof(T);
+
+  Native v;
+
+  Vec() = default;
+  FUSED_BCE_INLINE Vec(Native native) : v(native) {}
+  FUSED_BCE_INLINE explicit Vec(T scalar) : v(scalar - Native{}) {}
+
+  static FUSED_BCE_INLINE Vec load(const T* p) {
+    Vec r;
+    std::memcpy(&r.v, p, sizeof r.v);
+    return r;
+  }
+  FUSED_BCE_INLINE void store(T* p) const { std::memcpy(p, &v, sizeof v); }
+
+  friend FUSED_BCE_INLINE Vec operator+(Vec a, Vec b) { return a.v + b.v; }
+  friend FUSED_BCE_INLINE Vec operator-(Vec a, Vec b) { return a.v - b.v; }
+  friend FUSED_BCE_INLINE Vec operator-(Vec a) { return -a.v; }
+  friend FUSED_BCE_INLINE Vec operator*(Vec a, Vec b) { return a.v * b.v; }
+  friend FUSED_BCE_INLINE Vec operator/(Vec a, Vec b) { return a.v / b.v; }
+  friend FUSED_BCE_INLINE Mask operator>(Vec a, Vec b) { return a.v > b.v; }
+  friend FUSED_BCE_INLINE Mask operator==(Vec a, Vec b) { return a.v == b.v; }
+
+  friend FUSED_BCE_INLINE Vec select(Mask m, Vec a, Vec b) { return m ? a.v : b.v; }
+  // Contracted to one instruction where the target has it; the formula does not rely on that.
+  friend FUSED_BCE_INLINE Vec fma(Vec a, Vec b, Vec c) { return a.v * b.v + c.v; }
+  friend FUSED_BCE_INLINE Vec abs(Vec a) {
+    return (Native)((Mask)a.v & std::numeric_limits<Int>::max());
+  }
+  friend FUSED_BCE_INLINE Mask sign_bit(Vec a) { return (Mask)a.v < 0; }
+  // y, with its sign changed where x is negative
+  friend FUSED_BCE_INLINE Vec flip_sign(Vec y, Vec x) {
+    return (Native)((Mask)y.v ^ ((Mask)x.v & std::numeric_limits<Int>::min()));
+  }
+  // y * 2^-n, n being the integer in the low bits of a number shifted by kRoundShift. The other
+  // bits of the shift leave the word at the top.
+  friend FUSED_BCE_INLINE Vec scale_exp2_minus(Vec y, Vec shifted) {
+    constexpr int kMantissaBits = std::numeric_limits<T>::digits - 1;
+    constexpr Int kBias = std::numeric_limits<T>::max_exponent - 1;
+    return y.v * (Native)((kBias - (Mask)shifted.v) << kMantissaBits);
+  }
+};

@@ -1,0 +1,165 @@
+// Reading any storage type into vectors of the arithmetic type, and writing it back, rounded once
+// to nearest even. Included like simd.h.
+#pragma once
+
+#include "simd.h"
+
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+using FloatVec = Vec<float>;
+using Bits32 = FloatVec::Mask;
+typedef uint32_t Unsigned32 __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
+
+FUSED_BCE_INLINE Unsigned32 load_bits16(const void* p) {
+  Bits16 half;
+  std::memcpy(&half, p, sizeof half);
+  return __builtin_convertvector(half, Unsigned32);
+}
+
+FUSED_BCE_INLINE void store_bits16(Unsigned32 bits, void* p) {
+  const Bits16 half = __builtin_convertvector(bits, Bits16);
+  std::memcpy(p, &half, sizeof half);
+}
+
+FUSED_BCE_INLINE FloatVec widen(const BFloat16* p) {
+  return (FloatVec::Native)(load_bits16(p) << 16);
+}
+
+FUSED_BCE_INLINE void narrow(FloatVec x, BFloat16* p) {
+  const Unsigned32 bits = (Unsigned32)x.v;
+  const Unsigned32 rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const Unsigned32 quiet_nan = Unsigned32{} + 0x7fc0;
+  store_bits16(x.v != x.v ? quiet_nan : rounded, p);
+}
+
+#if FUSED_BCE_HAS_F16C
+FUSED_BCE_INLINE FloatVec widen(const Float16* p) {
+#if FUSED_BCE_VECTOR_BYTES == 64
+  return (FloatVec::Native)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p));
+#else
+  return (FloatVec::Native)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#endif
+}
+
+FUSED_BCE_INLINE void narrow(FloatVec x, Float16* p) {
+#if FUSED_BCE_VECTOR_BYTES == 64
+  const __m256i half = _mm512_maskz_cvtps_ph(0xffff, (__m512)x.v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const __m128i half = _mm256_cvtps_ph((__m256)x.v, _MM_FROUND_TO_NEAREST_INT);
+#endif
+  std::memcpy(p, &half, sizeof half);
+}
+#else
+FUSED_BCE_INLINE FloatVec widen(const Float16* p) {
+  const Unsigned32 half = load_bits16(p);
+  const Unsigned32 magnitude = (half & 0x7fff) << 13;
+  // The exponents differ by 112; a multiplication also normalises what is subnormal in half.
+  const FloatVec scaled = FloatVec((FloatVec::Native)magnitude) * FloatVec(0x1p112f);
+  const Unsigned32 inf_or_nan = magnitude | 0x7f800000;
+  const Unsigned32 bits = magnitude >= (0x7c00u << 13) ? inf_or_nan : (Unsigned32)scaled.v;
+  return (FloatVec::Native)(bits | (half & 0x8000) << 16);
+}
+
+FUSED_BCE_INLINE void narrow(FloatVec x, Float16* p) {
+  const Unsigned32 bits = (Unsigned32)x.v;
+  const Unsigned32 magnitude = bits & 0x7fffffff;
+  // Normal in half: move the exponent, round at bit 13. A carry may run into infinity, rightly.
+  const Unsigned32 normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  // Subnormal in half: one unit is 2^-24, the last bit of a float in [0.5, 1).
+  const FloatVec aligned = abs(x) + FloatVec(0.5f);
+  const Unsigned32 subnormal = (Unsigned32)aligned.v - (Unsigned32)FloatVec(0.5f).v;
+  const Unsigned32 infinity = Unsigned32{} + 0x7c00;
+  const Unsigned32 quiet_nan = Unsigned32{} + 0x7e00;
+  Unsigned32 half = magnitude < (113u << 23) ? subnormal : normal;
+  half = magnitude >= (143u << 23) ? infinity : half;
+  half = x.v != x.v ? quiet_nan : half;
+  store_bits16(half | (bits >> 16 & 0x8000), p);
+}
+#endif
+
+FUSED_BCE_INLINE FloatVec widen(const float* p) { return FloatVec::load(p); }
+FUSED_BCE_INLINE void narrow(FloatVec x, float* p) { x.store(p); }
+
+// `count` numbers of storage S as numbers of type T. out has room for the last vector, which is
+// filled up with `padding`.
+template <class S>
+void read(const S* p, int count, float padding, float* out) {
+  constexpr int kLanes = FloatVec::kLanes;
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes) widen(p + i).store(out + i);
+  if (i == count) return;
+  S rest[kLanes] = {};
+  std::memcpy(rest, p + i, (count - i) * sizeof(S));
+  widen(rest).store(out + i);
+  for (int k = count; k < i + kLanes; ++k) out[k] = padding;
+}
+
+template <class S>
+void write(const float* in, int count, S* p) {
+  constexpr int kLanes = FloatVec::kLanes;
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes) narrow(FloatVec::load(in + i), p + i);
+  if (i == count) return;
+  S rest[kLanes];
+  narrow(FloatVec::load(in + i), rest);
+  std::memcpy(p + i, rest, (count - i) * sizeof(S));
+}
+
+// In double the half types are rare: they take the road through float.
+template <class S>
+void read(const S* p, int count, double padding, double* out) {
+  constexpr int kLanes = FloatVec::kLanes;
+  int i = 0;
+  for (; i < count; i += kLanes) {
+    float lanes[kLanes];
+    const int n = std::min(kLanes, count - i);
+    read(p + i, n, 0.f, lanes);
+    for (int k = 0; k < n; ++k) out[i + k] = lanes[k];
+  }
+  constexpr int kDoubleLanes = Vec<double>::kLanes;
+  for (int k = count; k % kDoubleLanes != 0; ++k) out[k] = padding;
+}
+template <>
+void read(const double* p, int count, double padding, double* out) {
+  std::memcpy(out, p, count * sizeof(double));
+  for (int k = count; k % Vec<double>::kLanes != 0; ++k) out[k] = padding;
+}
+
+// Rounding to float first would round a half twice; a double keeps all bits that decide by
+// rounding to odd: the float's last bit remembers that something was cut off.
+inline float round_to_odd(double x) {
+  const float nearest = static_cast<float>(x);
+  if (static_cast<double>(nearest) == x || x != x || std::isinf(nearest)) return nearest;
+  const bool away = std::fabs(static_cast<double>(nearest)) > std::fabs(x);
+  uint32_t bits;
+  std::memcpy(&bits, &nearest, sizeof bits);
+  bits = (bits - (away ? 1 : 0)) | 1;
+  float odd;
+  std::memcpy(&odd, &bits, sizeof odd);
+  return odd;
+}
+
+template <class S>
+void write(const double* in, int count, S* p) {
+  constexpr int kLanes = FloatVec::kLanes;
+  for (int i = 0; i < count; i += kLanes) {
+    float lanes[kLanes] = {};
+    const int n = std::min(kLanes, count - i);
+    for (int k = 0; k < n; ++k) lanes[k] = round_to_odd(in[i + k]);
+    write(lanes, n, p + i);
+  }
+}
+template <>
+void write(const double* in, int count, float* p) {
+  for (int k = 0; k < count; ++k) p[k] = static_cast<float>(in[k]);
+}
+template <>
+void write(const double* in, int count, double* p) {
+  std::memcpy(p, in, count * sizeof(double));
+}

@@ -1,0 +1,255 @@
+// The operators: schemas, checks, layouts, allocation. Once, for all backends.
+#include "ops.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/ExpandUtils.h>
+#include <ATen/core/Reduction.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <numeric>
+#include <optional>
+#include <tuple>
+
+#include "bce_problem.h"
+#include "cpu/allocator.h"
+
+namespace fused_bce {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+DType dtype_of(const char* name, at::ScalarType type) {
+  switch (type) {
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kDouble:
+      return DType::kFloat64;
+    default:
+      TORCH_CHECK_NOT_IMPLEMENTED(false, name,
+                                  " must be float16, bfloat16, float32 or float64, not ", type);
+  }
+}
+
+void check_operands(const Tensor& logits, const Tensor& target) {
+  TORCH_CHECK_VALUE(target.sizes() == logits.sizes(), "Target size (", target.sizes(),
+                    ") must be the same as input size (", logits.sizes(), ")");
+  TORCH_CHECK(target.device() == logits.device(), "logits are on ", logits.device(),
+              " but target is on ", target.device());
+}
+
+// Strides matter only along dimensions of more than one element.
+bool same_layout(const Tensor& a, const Tensor& b) {
+  if (a.is_contiguous() && b.is_contiguous()) return true;
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
+  return true;
+}
+
+// The walk goes through memory in the order of this tensor.
+Tensor anchor_of(const Tensor& t) { return t.is_non_overlapping_and_dense() ? t : t.contiguous(); }
+
+// A new tensor along the walk.
+Tensor allocate_like(const Tensor& anchor, at::ScalarType dtype) {
+  const auto bytes = anchor.numel() * c10::elementSize(dtype);
+  if (anchor.is_cpu() && bytes >= kLargeBlock)
+    return at::detail::empty_strided_generic(anchor.sizes(), anchor.strides(),
+                                             large_block_allocator(),
+                                             c10::DispatchKeySet(c10::DispatchKey::CPU), dtype);
+  return at::empty_strided(anchor.sizes(), anchor.strides(), anchor.options().dtype(dtype));
+}
+
+Tensor along_walk(const Tensor& t, const Tensor& anchor) {
+  if (t.is_non_overlapping_and_dense() && same_layout(t, anchor)) return t;
+  return allocate_like(anchor, t.scalar_type()).copy_(t);
+}
+
+// The dimensions of the walk, outermost first.
+c10::SmallVector<int64_t, 6> walk_order(const Tensor& anchor) {
+  c10::SmallVector<int64_t, 6> order(anchor.dim());
+  std::iota(order.begin(), order.end(), 0);
+  if (!anchor.is_contiguous())
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return anchor.stride(a) > anchor.stride(b); });
+  return order;
+}
+
+// Sizes and strides of `expanded` along the walk, merged where one step leads on to the next.
+struct Dim {
+  int64_t size, stride;
+};
+c10::SmallVector<Dim, 6> merged_dims(const Tensor& expanded, const Tensor& anchor) {
+  c10::SmallVector<Dim, 6> dims;
+  for (const int64_t d : walk_order(anchor)) {
+    const Dim next{expanded.size(d), expanded.stride(d)};
+    if (next.size == 1) continue;
+    if (!dims.empty() && dims.back().stride == next.stride * next.size)
+      dims.back() = {dims.back().size * next.size, next.stride};
+    else
+      dims.push_back(next);
+  }
+  return dims;
+}
+
+// `t` as an operand of the walk, not materialised if it varies along one (merged) dimension only.
+// What it refers to is kept alive in `t`.
+Broadcast broadcast_along(const char* name, Tensor& t, const Tensor& anchor, bool in_double) {
+  const auto sizes = at::infer_size(t.sizes(), anchor.sizes());
+  TORCH_CHECK(sizes == anchor.sizes(), "output with shape ", anchor.sizes(),
+              " doesn't match the broadcast shape ", at::IntArrayRef(sizes));
+  TORCH_CHECK(t.device() == anchor.device(), "logits are on ", anchor.device(), " but ", name,
+              " is on ", t.device());
+  TORCH_CHECK(!t.is_complex(), name, " must be real, not ", t.scalar_type());
+  const bool readable = at::isFloatingType(t.scalar_type()) && !at::isFloat8Type(t.scalar_type());
+  if (!readable || (t.scalar_type() == at::kDouble && !in_double))
+    t = t.to(in_double ? at::kDouble : at::kFloat);
+
+  const auto view = [&](int64_t channels, int64_t inner, int64_t stride) {
+    return Broadcast{t.const_data_ptr(), dtype_of(name, t.scalar_type()), channels, inner, stride};
+  };
+  if (t.numel() == 1) return view(1, 1, 0);
+
+  const Tensor expanded = t.expand(anchor.sizes());
+  const auto dims = merged_dims(expanded, anchor);
+  auto d = dims.rbegin();
+  const int64_t inner = d != dims.rend() && d->stride == 0 ? (d++)->size : 1;
+  if (d != dims.rend()) {
+    const Dim channels = *d++;
+    const bool one_outer = d == dims.rend() || (d->stride == 0 && d + 1 == dims.rend());
+    if (one_outer) return view(channels.size, inner, channels.stride);
+  } else {
+    return view(1, 1, 0);
+  }
+  t = along_walk(expanded, anchor);
+  return view(anchor.numel(), 1, 1);
+}
+
+// A call with everything that its pointers refer to.
+struct Call {
+  Tensor anchor, logits, target, weight, pos_weight, grad_loss;
+  Problem problem;
+
+  Call(const Tensor& anchor_, const Tensor& logits_, const Tensor& target_,
+       const OptionalTensor& weight_, const OptionalTensor& pos_weight_, int64_t reduction)
+      : anchor(anchor_of(anchor_)) {
+    TORCH_CHECK_VALUE(reduction >= 0 && reduction < at::Reduction::END, reduction,
+                      " is not a valid value for reduction");
+    problem.reduction = static_cast<Reduction>(reduction);
+    problem.numel = anchor.numel();
+    problem.logits.dtype = dtype_of("logits", logits_.scalar_type());
+    problem.target.dtype = dtype_of("target", target_.scalar_type());
+    logits = along_walk(logits_, anchor);
+    target = along_walk(target_, anchor);
+    problem.logits.data = logits.const_data_ptr();
+    problem.target.data = target.const_data_ptr();
+    const bool in_double = computes_in_double(problem);
+    if (weight_) {
+      weight = *weight_;
+      problem.weight = broadcast_along("weight", weight, anchor, in_double);
+    }
+    if (pos_weight_) {
+      pos_weight = *pos_weight_;
+      problem.pos_weight = broadcast_along("pos_weight", pos_weight, anchor, in_double);
+    }
+    if (problem.reduction == Reduction::kMean)
+      problem.grad_scale = 1.0 / static_cast<double>(problem.numel);
+  }
+
+  void set_loss(const Tensor& loss) {
+    problem.loss = loss.mutable_data_ptr();
+    problem.loss_dtype = dtype_of("loss", loss.scalar_type());
+  }
+
+  void launch() { launch_cpu(problem); }
+};
+
+Tensor forward(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+               const OptionalTensor& pos_weight, int64_t reduction,
+               std::optional<at::ScalarType> dtype) {
+  check_operands(logits, target);
+  const bool none = reduction == at::Reduction::None;
+  Call call(none ? target : logits, logits, target, weight, pos_weight, reduction);
+  const at::ScalarType loss_dtype = dtype.value_or(target.scalar_type());
+  Tensor loss = none ? allocate_like(call.anchor, loss_dtype)
+                     : at::empty({}, logits.options().dtype(loss_dtype));
+  call.set_loss(loss);
+  call.launch();
+  return loss;
+}
+
+std::tuple<Tensor, Tensor> forward_with_grad(const Tensor& logits, const Tensor& target,
+                                             const OptionalTensor& weight,
+                                             const OptionalTensor& pos_weight, int64_t reduction,
+                                             std::optional<at::ScalarType> dtype) {
+  check_operands(logits, target);
+  TORCH_CHECK_VALUE(reduction != at::Reduction::None,
+                    "forward_with_grad needs a reduced loss: reduction mean or sum");
+  Call call(logits, logits, target, weight, pos_weight, reduction);
+  Tensor loss = at::empty({}, logits.options().dtype(dtype.value_or(target.scalar_type())));
+  Tensor grad_logits = allocate_like(call.anchor, logits.scalar_type());
+  call.set_loss(loss);
+  call.problem.grad_logits = grad_logits.mutable_data_ptr();
+  call.launch();
+  return {std::move(loss), std::move(grad_logits)};
+}
+
+Tensor backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
+                const OptionalTensor& weight, const OptionalTensor& pos_weight, int64_t reduction) {
+  check_operands(logits, target);
+  Call call(logits, logits, target, weight, pos_weight, reduction);
+  if (reduction == at::Reduction::None) {
+    TORCH_CHECK(grad_loss.sizes() == logits.sizes(), "grad_loss has shape ", grad_loss.sizes(),
+                ", the loss has ", logits.sizes());
+    call.grad_loss = grad_loss;
+    call.problem.grad_loss =
+        broadcast_along("grad_loss", call.grad_loss, call.anchor, computes_in_double(call.problem));
+  } else {
+    TORCH_CHECK(grad_loss.numel() == 1, "grad_loss has shape ", grad_loss.sizes(),
+                ", the loss is one number");
+    call.problem.grad_scale *= grad_loss.item<double>();
+  }
+  Tensor grad_logits = allocate_like(call.anchor, logits.scalar_type());
+  call.problem.grad_logits = grad_logits.mutable_data_ptr();
+  call.launch();
+  return grad_logits;
+}
+
+void scale_(Tensor& grad_logits, const Tensor& grad_loss) {
+  const double scale = grad_loss.item<double>();
+  if (scale != 1.0) grad_logits.mul_(scale);
+}
+
+}  // namespace
+
+void register_ops() {
+  // Nobody unloads an extension module.
+  static torch::Library definitions(torch::Library::DEF, "fused_bce", std::nullopt, __FILE__,
+                                    __LINE__);
+  definitions.def(
+      "forward(Tensor logits, Tensor target, Tensor? weight, Tensor? pos_weight, int reduction, "
+      "ScalarType? dtype=None) -> Tensor");
+  definitions.def(
+      "forward_with_grad(Tensor logits, Tensor target, Tensor? weight, Tensor? pos_weight, "
+      "int reduction, ScalarType? dtype=None) -> (Tensor loss, Tensor grad_logits)");
+  definitions.def(
+      "backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, "
+      "Tensor? pos_weight, int reduction) -> Tensor");
+  definitions.def("scale_(Tensor(a!) grad_logits, Tensor grad_loss) -> ()");
+
+  static torch::Library cpu(torch::Library::IMPL, "fused_bce", c10::DispatchKey::CPU, __FILE__,
+                            __LINE__);
+  cpu.impl("forward", &forward);
+  cpu.impl("forward_with_grad", &forward_with_grad);
+  cpu.impl("backward", &backward);
+  cpu.impl("scale_", &scale_);
+}
+
+}  // namespace fused_bce

@@ -1,0 +1,50 @@
+"""Binary cross entropy with logits, loss and gradient in one pass: a drop-in for
+:class:`torch.nn.BCEWithLogitsLoss`."""
+
+import torch
+
+try:
+    from fused_bce import _C
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "fused_bce is not built here. Build it in its source folder: "
+        "pip install --no-build-isolation ."
+    ) from error
+except ImportError as error:
+    if "was built for torch" in str(error):
+        raise
+    raise ImportError(
+        f"fused_bce was built for another torch than {torch.__version__}, or for another system. "
+        "Rebuild it in its source folder: "
+        "pip install --no-build-isolation --no-deps --force-reinstall ."
+    ) from error
+
+from fused_bce import functional
+from fused_bce.autograd import BCEWithLogitsFunction
+from fused_bce.dispatch import why_not_fused
+from fused_bce.modules import BCEWithLogitsLoss
+
+__version__ = "0.1.0"
+__all__ = [
+    "BCEWithLogitsFunction",
+    "BCEWithLogitsLoss",
+    "build_info",
+    "functional",
+    "why_not_fused",
+]
+
+
+def build_info() -> dict:
+    """How this package was built and what of it runs here.
+
+    Returns:
+        ``version``; ``torch``, the release that it was built for; ``compiler``; ``cuda_archs``,
+        the GPU architectures in it, or None for a CPU build; ``cpu_instruction_sets``, those that
+        this processor can run, best first; ``cpu_instruction_set``, the one in use.
+    """
+    return {
+        "version": __version__,
+        **_C.build_info(),
+        "cpu_instruction_sets": _C.instruction_sets(),
+        "cpu_instruction_set": _C.current_instruction_set(),
+    }

@@ -1,0 +1,115 @@
+"""Which calls the kernels cover. Everything else goes to torch's own function."""
+
+import functools
+import logging
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import has_torch_function_variadic
+
+logger = logging.getLogger("fused_bce")
+
+_FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+_INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
+_WEIGHTS = _FLOATS | _INTEGERS | {torch.bool}
+_POS_WEIGHTS = _FLOATS | _INTEGERS
+
+_keys = torch._C._dispatch_keys
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
+
+# Whatever makes a tensor more than numbers in memory (sparse, nested, quantised, a lazy conjugate
+# or negation, a wrapper of torch.func, a subclass with __torch_dispatch__) adds a dispatch key to
+# those of an ordinary tensor.
+_NOT_PLAIN = ~_keys(torch.empty(0)).raw_repr()
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor is strided numbers in memory, on a device that the kernels know."""
+    return not _keys(tensor).raw_repr() & _NOT_PLAIN
+
+
+def why_not_fused(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+) -> str | None:
+    """The reason why this call would be left to torch's own function; None if it is fused.
+
+    Args: those of :func:`torch.nn.functional.binary_cross_entropy_with_logits`, with the same
+    shapes and dtypes. Bad arguments are a reason too: torch's function raises the error.
+
+    The first call that is not fused for some reason also logs it, once, to the logger
+    ``fused_bce`` at level INFO.
+
+    Example:
+        >>> why_not_fused(torch.zeros(3), torch.zeros(3, dtype=torch.int64))
+        'target has dtype torch.int64'
+    """
+    if torch.compiler.is_compiling():
+        return "torch.compile fuses torch's own function"
+    if has_torch_function_variadic(input, target, weight, pos_weight) and not _only_default_device(
+        input, target, weight, pos_weight
+    ):
+        return "a tensor subclass or mode overrides torch functions"
+    if _functorch_level() is not None:
+        return "inside a torch.func transform"
+    if forward_ad._current_level >= 0:
+        return "inside forward-mode differentiation"
+    if _dispatch_modes():
+        return "inside a __torch_dispatch__ mode"
+    if _tracing_state() is not None:
+        return "inside torch.jit.trace"
+    try:
+        if not is_plain(input):
+            return _what_is(input, "input")
+        if not is_plain(target):
+            return _what_is(target, "target")
+    except TypeError:
+        return "input or target is not a tensor"
+    if input.dtype not in _FLOATS:
+        return f"input has dtype {input.dtype}"
+    if target.dtype not in _FLOATS:
+        return f"target has dtype {target.dtype}"
+    if input.shape != target.shape:
+        return "input and target differ in size"
+    if weight is not None:
+        reason = _why_not_weight("weight", weight, _WEIGHTS)
+        if reason is not None:
+            return reason
+    if pos_weight is not None:
+        return _why_not_weight("pos_weight", pos_weight, _POS_WEIGHTS)
+    return None
+
+
+def _why_not_weight(name: str, weight: Tensor, dtypes: frozenset) -> str | None:
+    if not isinstance(weight, Tensor):
+        return f"{name} is not a tensor"
+    if not is_plain(weight):
+        return _what_is(weight, name)
+    if weight.dtype not in dtypes:
+        return f"{name} has dtype {weight.dtype}"
+    if weight.requires_grad and torch.is_grad_enabled():
+        return f"{name} requires a gradient"
+    return None
+
+
+def _only_default_device(*arguments: Tensor | None) -> bool:
+    """Whether the only override in force is torch.set_default_device, which changes no loss."""
+    ordinary = (Tensor, torch.nn.Parameter, type(None))
+    modes = torch.overrides._get_current_function_mode_stack()
+    return all(type(a) in ordinary for a in arguments) and all(
+        type(mode) is torch.utils._device.DeviceContext for mode in modes
+    )
+
+
+def _what_is(tensor: Tensor, name: str) -> str:
+    return f"{name} is not an ordinary tensor on a device with a fused kernel: {_keys(tensor)}"
+
+
+@functools.cache
+def log_once(reason: str) -> None:
+    logger.info("not fused: %s", reason)

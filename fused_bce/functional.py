@@ -1,0 +1,77 @@
+"""The loss as a function."""
+
+import torch
+from torch import Tensor
+from torch.nn import _reduction
+from torch.nn import functional as F
+
+from fused_bce.autograd import REDUCTIONS, BCEWithLogitsFunction, forward_op
+from fused_bce.dispatch import log_once, why_not_fused
+
+__all__ = ["binary_cross_entropy_with_logits"]
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    """Binary cross entropy between logits and targets: a drop-in for
+    :func:`torch.nn.functional.binary_cross_entropy_with_logits`, computed with its gradient in one
+    pass over memory.
+
+    Args:
+        input: logits, any shape, float16, bfloat16, float32 or float64.
+        target: the same shape, any of these dtypes, usually in [0, 1] (not checked).
+        weight: rescales each element's loss; broadcasts into the shape of the logits.
+        size_average, reduce: deprecated, see ``reduction``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        pos_weight: weight of positive targets; broadcasts into the shape of the logits.
+
+    Returns:
+        One number, or the shape of the logits for ``"none"``; in the dtype of the target, under
+        autocast float32 (float64 for a float64 target).
+
+    Raises:
+        What torch's function raises: ValueError for an unknown reduction and for different sizes,
+        RuntimeError for weights that do not broadcast or that require a gradient.
+
+    What the kernel does not cover is left to torch's function: see
+    :func:`fused_bce.why_not_fused`.
+
+    Example:
+        >>> input = torch.randn(3, 2, requires_grad=True)
+        >>> loss = binary_cross_entropy_with_logits(input, torch.ones(3, 2))
+        >>> loss.backward()
+    """
+    if not torch.jit.is_scripting():
+        return _fused_or_torch(input, target, weight, size_average, reduce, reduction, pos_weight)
+    return F.binary_cross_entropy_with_logits(
+        input, target, weight, size_average, reduce, reduction, pos_weight
+    )
+
+
+def _fused_or_torch(input, target, weight, size_average, reduce, reduction, pos_weight):
+    reason = why_not_fused(input, target, weight, pos_weight)
+    if reason is not None:
+        if not torch.compiler.is_compiling():
+            log_once(reason)
+        return F.binary_cross_entropy_with_logits(
+            input, target, weight, size_average, reduce, reduction, pos_weight
+        )
+    if size_average is not None or reduce is not None:
+        reduction_enum = _reduction.legacy_get_enum(size_average, reduce)
+    elif isinstance(reduction, str) and reduction in REDUCTIONS:
+        reduction_enum = REDUCTIONS[reduction]
+    else:
+        reduction_enum = _reduction.get_enum(reduction)
+    dtype = None
+    if torch.is_autocast_enabled(input.device.type):
+        dtype = torch.float64 if target.dtype is torch.float64 else torch.float32
+    if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+        return BCEWithLogitsFunction.apply(input, target, weight, pos_weight, reduction_enum, dtype)
+    return forward_op(input, target, weight, pos_weight, reduction_enum, dtype)

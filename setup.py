@@ -1,0 +1,87 @@
+"""Builds fused_bce._C. What is not metadata (pyproject.toml) is decided here.
+
+Environment variables:
+  FORCE_CUDA            1: build the CUDA kernels although no GPU is visible; 0: leave them out
+  TORCH_CUDA_ARCH_LIST  GPU architectures, such as "8.0;9.0+PTX" (default: see DEFAULT_CUDA_ARCHS)
+  DEBUG                 1: no optimisation, debug symbols
+  MAX_JOBS              compilers that run at the same time
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    import pybind11
+    import torch
+    from torch.utils import cpp_extension
+except ImportError as error:
+    sys.exit(
+        f"fused_bce is compiled against the torch that it will run with, and there is no "
+        f"{error.name} here. Install torch, setuptools, ninja and pybind11, then: "
+        "pip install --no-build-isolation ."
+    )
+
+# Ampere and Hopper as machine code, PTX for what comes after.
+DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
+
+ROOT = Path(__file__).parent
+
+
+def sources(folder: str, suffix: str) -> list[str]:
+    paths = sorted((ROOT / "csrc" / folder).glob(f"*{suffix}"))
+    return [str(path.relative_to(ROOT)) for path in paths]
+
+
+def use_cuda() -> bool:
+    forced = os.environ.get("FORCE_CUDA")
+    if forced is None:
+        return torch.cuda.is_available() and cpp_extension.CUDA_HOME is not None
+    if forced == "1":
+        check_cuda_toolchain()
+    return forced == "1"
+
+
+def check_cuda_toolchain() -> None:
+    if torch.version.cuda is None:
+        sys.exit(
+            f"FORCE_CUDA=1, but torch {torch.__version__} is a CPU build. "
+            "Install a CUDA build of torch, or leave FORCE_CUDA out."
+        )
+    if cpp_extension.CUDA_HOME is None:
+        sys.exit(
+            f"FORCE_CUDA=1, but there is no CUDA toolkit: set CUDA_HOME to the folder of "
+            f"CUDA {torch.version.cuda}, or leave FORCE_CUDA out."
+        )
+
+
+def compile_args() -> list[str]:
+    optimisation = ["-O0", "-g"] if os.environ.get("DEBUG") == "1" else ["-O3", "-g0"]
+    # Without -fopenmp at::parallel_for is serial. It is not given to the linker: the symbols come
+    # from the OpenMP runtime that torch brings, so that there is one pool of threads.
+    return [*optimisation, "-fopenmp", "-fvisibility=hidden", "-Wall"]
+
+
+def extension():
+    options = {
+        "name": "fused_bce._C",
+        "sources": sources("", ".cpp") + sources("cpu", ".cpp"),
+        "include_dirs": [pybind11.get_include()],
+        "depends": [str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")],
+        "extra_compile_args": {"cxx": compile_args()},
+    }
+    if not use_cuda():
+        return cpp_extension.CppExtension(**options)
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
+    options["sources"] += sources("cuda", ".cu")
+    options["define_macros"] = [("FUSED_BCE_CUDA", None)]
+    options["extra_compile_args"]["nvcc"] = ["-O3", "--expt-relaxed-constexpr"]
+    return cpp_extension.CUDAExtension(**options)
+
+
+setup(
+    ext_modules=[extension()],
+    cmdclass={"build_ext": cpp_extension.BuildExtension.with_options(no_python_abi_suffix=False)},
+)
