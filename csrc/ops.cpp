@@ -11,7 +11,6 @@
 
 #include <algorithm>
 #include <numeric>
-#include <optional>
 #include <tuple>
 
 #include "bce_problem.h"
@@ -21,7 +20,6 @@ namespace fused_bce {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 DType dtype_of(const char* name, at::ScalarType type) {
   switch (type) {
@@ -39,11 +37,22 @@ DType dtype_of(const char* name, at::ScalarType type) {
   }
 }
 
-void check_operands(const Tensor& logits, const Tensor& target) {
+void check_broadcasts_into(const Tensor& logits, const at::DimVector& broadcast) {
+  TORCH_CHECK(logits.sizes() == broadcast, "output with shape ", logits.sizes(),
+              " doesn't match the broadcast shape ", at::IntArrayRef(broadcast));
+}
+
+// In the order of torch's function, which names the sizes in its own order, too.
+void check_operands(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                    const OptionalTensor& pos_weight) {
   TORCH_CHECK_VALUE(target.sizes() == logits.sizes(), "Target size (", target.sizes(),
                     ") must be the same as input size (", logits.sizes(), ")");
   TORCH_CHECK(target.device() == logits.device(), "logits are on ", logits.device(),
               " but target is on ", target.device());
+  if (pos_weight)
+    check_broadcasts_into(logits, at::infer_size_dimvector(pos_weight->sizes(), logits.sizes()));
+  if (weight)
+    check_broadcasts_into(logits, at::infer_size_dimvector(logits.sizes(), weight->sizes()));
 }
 
 // Strides matter only along dimensions of more than one element.
@@ -102,9 +111,6 @@ c10::SmallVector<Dim, 6> merged_dims(const Tensor& expanded, const Tensor& ancho
 // `t` as an operand of the walk, not materialised if it varies along one (merged) dimension only.
 // What it refers to is kept alive in `t`.
 Broadcast broadcast_along(const char* name, Tensor& t, const Tensor& anchor, bool in_double) {
-  const auto sizes = at::infer_size(t.sizes(), anchor.sizes());
-  TORCH_CHECK(sizes == anchor.sizes(), "output with shape ", anchor.sizes(),
-              " doesn't match the broadcast shape ", at::IntArrayRef(sizes));
   TORCH_CHECK(t.device() == anchor.device(), "logits are on ", anchor.device(), " but ", name,
               " is on ", t.device());
   TORCH_CHECK(!t.is_complex(), name, " must be real, not ", t.scalar_type());
@@ -172,9 +178,8 @@ struct Call {
 };
 
 Tensor forward(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-               const OptionalTensor& pos_weight, int64_t reduction,
-               std::optional<at::ScalarType> dtype) {
-  check_operands(logits, target);
+               const OptionalTensor& pos_weight, int64_t reduction, OptionalDtype dtype) {
+  check_operands(logits, target, weight, pos_weight);
   const bool none = reduction == at::Reduction::None;
   Call call(none ? target : logits, logits, target, weight, pos_weight, reduction);
   const at::ScalarType loss_dtype = dtype.value_or(target.scalar_type());
@@ -188,8 +193,8 @@ Tensor forward(const Tensor& logits, const Tensor& target, const OptionalTensor&
 std::tuple<Tensor, Tensor> forward_with_grad(const Tensor& logits, const Tensor& target,
                                              const OptionalTensor& weight,
                                              const OptionalTensor& pos_weight, int64_t reduction,
-                                             std::optional<at::ScalarType> dtype) {
-  check_operands(logits, target);
+                                             OptionalDtype dtype) {
+  check_operands(logits, target, weight, pos_weight);
   TORCH_CHECK_VALUE(reduction != at::Reduction::None,
                     "forward_with_grad needs a reduced loss: reduction mean or sum");
   Call call(logits, logits, target, weight, pos_weight, reduction);
@@ -203,7 +208,7 @@ std::tuple<Tensor, Tensor> forward_with_grad(const Tensor& logits, const Tensor&
 
 Tensor backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
                 const OptionalTensor& weight, const OptionalTensor& pos_weight, int64_t reduction) {
-  check_operands(logits, target);
+  check_operands(logits, target, weight, pos_weight);
   Call call(logits, logits, target, weight, pos_weight, reduction);
   if (reduction == at::Reduction::None) {
     TORCH_CHECK(grad_loss.sizes() == logits.sizes(), "grad_loss has shape ", grad_loss.sizes(),
@@ -234,8 +239,8 @@ void register_ops() {
   static torch::Library definitions(torch::Library::DEF, "fused_bce", std::nullopt, __FILE__,
                                     __LINE__);
   definitions.def(
-      "forward(Tensor logits, Tensor target, Tensor? weight, Tensor? pos_weight, int reduction, "
-      "ScalarType? dtype=None) -> Tensor");
+      "binary_cross_entropy_with_logits(Tensor logits, Tensor target, Tensor? weight=None, "
+      "Tensor? pos_weight=None, int reduction=1, ScalarType? dtype=None) -> Tensor");
   definitions.def(
       "forward_with_grad(Tensor logits, Tensor target, Tensor? weight, Tensor? pos_weight, "
       "int reduction, ScalarType? dtype=None) -> (Tensor loss, Tensor grad_logits)");
@@ -246,7 +251,7 @@ void register_ops() {
 
   static torch::Library cpu(torch::Library::IMPL, "fused_bce", c10::DispatchKey::CPU, __FILE__,
                             __LINE__);
-  cpu.impl("forward", &forward);
+  cpu.impl("binary_cross_entropy_with_logits", &forward);
   cpu.impl("forward_with_grad", &forward_with_grad);
   cpu.impl("backward", &backward);
   cpu.impl("scale_", &scale_);

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import has_torch_function_variadic
+from torch.utils._python_dispatch import _disable_current_modes
 
 logger = logging.getLogger("fused_bce")
 
@@ -20,15 +21,16 @@ _functorch_level = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing_state = torch._C._get_tracing_state
 
+
 # Whatever makes a tensor more than numbers in memory (sparse, nested, quantised, a lazy conjugate
 # or negation, a wrapper of torch.func, a subclass with __torch_dispatch__) adds a dispatch key to
 # those of an ordinary tensor.
-_NOT_PLAIN = ~_keys(torch.empty(0)).raw_repr()
+def _plain_keys() -> int:
+    with _disable_current_modes(), torch.inference_mode(False):
+        return _keys(torch.empty(0, device="cpu")).raw_repr()
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether the tensor is strided numbers in memory, on a device that the kernels know."""
-    return not _keys(tensor).raw_repr() & _NOT_PLAIN
+_NOT_PLAIN = ~_plain_keys()
 
 
 def why_not_fused(
@@ -64,12 +66,11 @@ def why_not_fused(
     if _tracing_state() is not None:
         return "inside torch.jit.trace"
     try:
-        if not is_plain(input):
-            return _what_is(input, "input")
-        if not is_plain(target):
-            return _what_is(target, "target")
+        input_keys, target_keys = _keys(input).raw_repr(), _keys(target).raw_repr()
     except TypeError:
         return "input or target is not a tensor"
+    if (input_keys | target_keys) & _NOT_PLAIN:
+        return _what_is(*((input, "input") if input_keys & _NOT_PLAIN else (target, "target")))
     if input.dtype not in _FLOATS:
         return f"input has dtype {input.dtype}"
     if target.dtype not in _FLOATS:
@@ -88,7 +89,7 @@ def why_not_fused(
 def _why_not_weight(name: str, weight: Tensor, dtypes: frozenset) -> str | None:
     if not isinstance(weight, Tensor):
         return f"{name} is not a tensor"
-    if not is_plain(weight):
+    if _keys(weight).raw_repr() & _NOT_PLAIN:
         return _what_is(weight, name)
     if weight.dtype not in dtypes:
         return f"{name} has dtype {weight.dtype}"

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import _reduction
 from torch.nn import functional as F
 
-from fused_bce.autograd import REDUCTIONS, BCEWithLogitsFunction, forward_op
+from fused_bce.autograd import REDUCTIONS, BCEWithLogitsFunction
 from fused_bce.dispatch import log_once, why_not_fused
 
 __all__ = ["binary_cross_entropy_with_logits"]
@@ -69,9 +69,4 @@ def _fused_or_torch(input, target, weight, size_average, reduce, reduction, pos_
         reduction_enum = REDUCTIONS[reduction]
     else:
         reduction_enum = _reduction.get_enum(reduction)
-    dtype = None
-    if torch.is_autocast_enabled(input.device.type):
-        dtype = torch.float64 if target.dtype is torch.float64 else torch.float32
-    if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
-        return BCEWithLogitsFunction.apply(input, target, weight, pos_weight, reduction_enum, dtype)
-    return forward_op(input, target, weight, pos_weight, reduction_enum, dtype)
+    return BCEWithLogitsFunction.apply(input, target, weight, pos_weight, reduction_enum)

@@ -1,0 +1,34 @@
+# What a person types. Everything happens in a virtual environment, .venv.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+
+python := $(VENV)/bin/python
+built := $(VENV)/.built
+
+.PHONY: demo test bench lint
+
+demo: $(built)  ## train on real data with torch's loss and with ours, then the tutorial's listings
+	$(python) examples/train_digits.py --output demo-output
+	$(python) examples/tutorial.py
+
+test: $(built)  ## all tests but those marked large
+	$(python) -m pytest
+
+bench: $(built)  ## measure ours beside eager, torch.compile and the memory's speed, and plot it
+	$(python) benchmarks/run.py --preset goals --output benchmarks/results
+	$(python) benchmarks/plot.py benchmarks/results
+
+lint: $(built)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(python) -m pip install --upgrade pip "setuptools>=77" ninja "pybind11>=2.13" "$(TORCH)"
+	touch $@
+
+$(built): $(VENV)/.torch setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
+	$(python) -m pip install --no-build-isolation --editable ".[test,examples,benchmarks,lint]"
+	touch $@

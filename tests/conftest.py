@@ -1,0 +1,18 @@
+"""Fixtures for every test."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request) -> str:
+    """The device that a test runs on; a test runs once for each."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    """Every test draws the same numbers, whichever tests ran before it."""
+    torch.manual_seed(0)

@@ -1,0 +1,144 @@
+"""What the tests share: torch's own function as the reference, inputs, and comparisons."""
+
+import itertools
+import warnings
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits as torch_bce
+
+from fused_bce.functional import binary_cross_entropy_with_logits as fused
+
+__all__ = ["fused", "torch_bce"]
+
+REDUCTIONS = ("none", "mean", "sum")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+by_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+by_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=dtype_name)
+by_dtype_pair = pytest.mark.parametrize(
+    ("logits_dtype", "target_dtype"),
+    [
+        pytest.param(a, b, id=f"{dtype_name(a)}_logits-{dtype_name(b)}_target")
+        for a, b in itertools.product(FLOATS, FLOATS)
+    ],
+)
+by_weights = pytest.mark.parametrize(
+    "weights",
+    [(), ("weight",), ("pos_weight",), ("weight", "pos_weight")],
+    ids=["unweighted", "weight", "pos_weight", "both_weights"],
+)
+
+
+def make_weights(names: tuple[str, ...], channels: int, device, dtype=torch.float32) -> dict:
+    """Weights in [0.5, 2.5) for each channel, as keyword arguments."""
+    return {n: (torch.rand(channels, device=device) * 2 + 0.5).to(dtype) for n in names}
+
+
+class Result(NamedTuple):
+    loss: Tensor
+    grad_logits: Tensor
+    grad_target: Tensor | None
+
+
+def evaluate(
+    function, logits: Tensor, target: Tensor, *, grad_loss=None, target_grad=False, **options
+) -> Result:
+    """Loss and gradients of ``function``, of leaves with the layouts of the arguments.
+
+    ``grad_loss`` is None for ones: the gradient of the sum of the losses.
+    """
+    logits = logits.detach().requires_grad_()
+    target = target.detach().requires_grad_(target_grad)
+    loss = function(logits, target, **options)
+    if grad_loss is None:
+        grad_loss = torch.ones_like(loss)
+    leaves = (logits, target) if target_grad else (logits,)
+    grads = torch.autograd.grad(loss, leaves, grad_loss.to(loss.dtype))
+    return Result(loss.detach(), grads[0], grads[1] if target_grad else None)
+
+
+def reference(logits: Tensor, target: Tensor, *, grad_loss=None, **options) -> Result:
+    """torch's own function in float64, without autocast, on the CPU, of contiguous copies."""
+
+    def widen(value):
+        if not isinstance(value, Tensor):
+            return value
+        return value.detach().to("cpu", torch.float64, copy=True).contiguous()
+
+    options = {name: widen(value) for name, value in options.items()}
+    with torch.autocast("cpu", enabled=False):
+        return evaluate(
+            torch_bce,
+            widen(logits),
+            widen(target),
+            grad_loss=widen(grad_loss),
+            target_grad=True,
+            **options,
+        )
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    """The largest error, as a part of the largest exact value."""
+    if exact.numel() == 0:
+        return 0.0
+    exact = exact.cpu()
+    scale = exact.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+    return ((got.cpu().double() - exact).abs().max() / scale).item()
+
+
+def assert_no_worse(got: Tensor, theirs: Tensor, exact: Tensor) -> None:
+    """``got`` is as near to the float64 value as torch's own result in the same dtype is.
+
+    Twice torch's error, since both round; and 4 ULP, the goal of the kernels, since torch's may be
+    0 by chance. In float64 it always is 0, the reference being that very result: 8 ULP, for the
+    errors of both.
+    """
+    assert got.shape == theirs.shape
+    assert got.dtype == theirs.dtype
+    slack = (8 if got.dtype is torch.float64 else 4) * torch.finfo(got.dtype).eps
+    assert error(got, exact) <= 2 * error(theirs, exact) + slack
+
+
+def assert_results_no_worse(got: Result, theirs: Result, exact: Result) -> None:
+    for g, t, e in zip(got, theirs, exact, strict=True):
+        assert (g is None) == (t is None)
+        if g is not None:
+            assert_no_worse(g, t, e)
+
+
+def assert_double_close(got, expected) -> None:
+    """Equal but for the rounding of a few operations in float64."""
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
+
+
+class Outcome(NamedTuple):
+    """What a call did: its value or its error, and its warnings."""
+
+    value: object
+    error: tuple[type, str] | None
+    warnings: list[tuple[type, str]]
+
+
+def outcome(function, *args, **kwargs) -> Outcome:
+    value = error = None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            value = function(*args, **kwargs)
+        except Exception as exception:
+            error = (type(exception), str(exception))
+    return Outcome(value, error, [(w.category, str(w.message)) for w in caught])
+
+
+def is_fused(loss: Tensor) -> bool:
+    return "BCEWithLogitsFunction" in loss.grad_fn.name()

@@ -1,0 +1,119 @@
+"""The examples run, print the numbers that they promise, and fail when the loss is wrong."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+# Its value and gradient are off by a hundredth: less than a look at the curves would show.
+WRONG_LOSS = """
+import runpy, sys
+import fused_bce
+
+class Wrong(fused_bce.BCEWithLogitsLoss):
+    def forward(self, input, target):
+        return 1.01 * super().forward(input, target)
+
+fused_bce.BCEWithLogitsLoss = Wrong
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
+        # One thread: on a busy machine the threads of so small a network wait for each other.
+        # Encoding and width: the tables must not depend on the terminal of whoever runs the tests.
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "COLUMNS": "120"},
+        check=False,
+    )
+
+
+def table_rows(output: str, first_cell: str) -> list[list[str]]:
+    """Cells of the rows of rich's tables whose first cell matches."""
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in output.splitlines()]
+    return [row for row in rows if len(row) > 1 and re.fullmatch(first_cell, row[0])]
+
+
+@pytest.fixture
+def _needs_extras():
+    """Skips where the packages of the extra ``examples`` are missing."""
+    for package in ("sklearn", "matplotlib", "rich"):
+        pytest.importorskip(package)
+
+
+@pytest.mark.usefixtures("_needs_extras")
+def test_train_digits_agrees_with_torch(tmp_path):
+    output = tmp_path / "new folder"
+    done = run(EXAMPLES / "train_digits.py", "--output", output, "--epochs", 6)
+    assert done.returncode == 0, done.stderr
+    assert "Both losses agree" in done.stdout
+
+    losses = [[float(cell) for cell in row[1:]] for row in table_rows(done.stdout, r"\d+")]
+    assert len(losses) == 6
+    for digits_torch, digits_fused, cancer_torch, cancer_fused in losses:
+        assert digits_fused == pytest.approx(digits_torch, rel=1e-4)
+        assert cancer_fused == pytest.approx(cancer_torch, rel=1e-4)
+    assert all(last < first / 4 for first, last in zip(losses[0], losses[-1], strict=True))
+
+    scores = table_rows(done.stdout, r"digits \(multi-label\)|breast cancer")
+    assert [row[1] for row in scores] == ["torch.nn", "fused_bce"] * 2
+    # Better than answering no to all digits (0.90) and yes to all of breast cancer (0.63).
+    assert all(float(row[2]) > 0.93 for row in scores)
+    assert all(float(row[3]) > 0.95 for row in scores)
+    assert all(float(row[4]) > 0 for row in scores)
+    assert_is_drawing(output / "loss_curves.png")
+
+
+def assert_is_drawing(path: Path) -> None:
+    from matplotlib.image import imread
+
+    pixels = imread(path)  # [height, width, RGBA], 0 to 1
+    assert pixels.shape[0] > 300
+    assert pixels.shape[1] > 800
+    # Both halves, for there are two tasks, have the broad curve and the thin one: blue and orange.
+    for half in (pixels[:, : pixels.shape[1] // 2], pixels[:, pixels.shape[1] // 2 :]):
+        red, blue = half[..., 0], half[..., 2]
+        assert (blue - red > 0.1).sum() > 500
+        assert (red - blue > 0.5).sum() > 500
+
+
+@pytest.mark.usefixtures("_needs_extras")
+def test_train_digits_notices_a_wrong_loss(tmp_path):
+    program = EXAMPLES / "train_digits.py"
+    done = run("-c", WRONG_LOSS, program, "--output", tmp_path, "--epochs", 1)
+    assert done.returncode == 1
+    for task in ("digits (multi-label)", "breast cancer"):
+        assert f"On {task} the loss curves of torch.nn and fused_bce differ by" in done.stderr
+
+
+def test_tutorial_gives_the_expected_numbers():
+    done = run(EXAMPLES / "tutorial.py")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for line in (
+        "  64 classes, 10 rows: 0.2014   torch 0.2014   expected 0.2014",
+        "  logit -2.34: 8.79 %   torch 8.79 %   expected 8.79 %",
+        "  logit 3.45: 96.9 %   torch 96.9 %   expected 96.9 %",
+        "  reduction=sum: 0.8024   torch 0.8024   expected 0.8024",
+        "    warns: size_average and reduce args will be deprecated, "
+        "please use reduction='sum' instead.",
+    ):
+        assert line in lines
+    assert lines[-1] == "All 11 listings give the expected numbers."
+
+
+def test_tutorial_notices_a_wrong_loss():
+    done = run("-c", WRONG_LOSS, EXAMPLES / "tutorial.py")
+    assert done.returncode == 1
+    assert "fused_bce gives 0.3078, torch 0.3048." in done.stderr
