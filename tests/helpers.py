@@ -7,15 +7,14 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits as torch_bce
 
-from fused_bce.functional import binary_cross_entropy_with_logits as fused
+import fused_bce
 
-__all__ = ["fused", "torch_bce"]
+fused = fused_bce.functional.binary_cross_entropy_with_logits
+torch_bce = torch.nn.functional.binary_cross_entropy_with_logits
 
 REDUCTIONS = ("none", "mean", "sum")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 
 by_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 

@@ -45,7 +45,7 @@ def test_ladder_and_plot(tmp_path):
         assert int(row["bytes_per_element"]) == (8 if row["mode"] == "fwd" else 12)
         assert "benchmarks/run.py --no-compile" in row["command"]
 
-    run_script("plot.py", path)
+    run_script("plot.py", tmp_path)
     figures = sorted(tmp_path.glob("results-*.png"))
     assert [figure.name for figure in figures] == [
         "results-cpu-fwd-bwd-float32-mean.png",
@@ -54,26 +54,22 @@ def test_ladder_and_plot(tmp_path):
     assert all(figure.read_bytes().startswith(b"\x89PNG") for figure in figures)
 
 
-def test_variants_peak_memory_and_append(tmp_path):
+def test_variants_then_goals_appended(tmp_path):
     path = tmp_path / "results.csv"
-    options = [*QUICK, "--mode", "fwd+bwd", "--sizes", "2^14", "--output", path]
-    run_script("run.py", *options, "--weights", "both")
-    run_script("run.py", *options, "--append", "--dtype", "float16", "--reduction", "none")
-    weighted, halves = read(path)[:3], read(path)[3:]
-    assert [row["weights"] for row in weighted] == ["both"] * 3
-    assert [row["reduction"] for row in halves] == ["none"] * 3
-    # float16: 2 + 2 -> 2 bytes in forward, 2 + 2 + 2 -> 2 in backward
-    assert {row["bytes_per_element"] for row in halves} == {"14"}
-    fused, eager, stream = (row["peak_bytes"] for row in weighted)
-    # The gradient and at most a page beside it; torch holds several tensors of that size.
-    assert 4 * 2**14 <= int(fused) <= 4 * 2**14 + 4096
-    assert int(eager) > 2 * 4 * 2**14
-    assert stream == ""
-
-
-def test_goals(tmp_path):
-    path = tmp_path / "goals.csv"
-    output = run_script("run.py", *QUICK, "--preset", "goals", "--sizes", 1, 640, "--output", path)
+    variants = ["--mode", "fwd+bwd", "--sizes", "2^14", "--weights", "both", "--reduction", "none"]
+    run_script("run.py", *QUICK, *variants, "--dtype", "float32", "float16", "--output", path)
+    goals = ["--preset", "goals", "--sizes", 1, 640, "--append"]
+    output = run_script("run.py", *QUICK, *goals, "--output", path)
     assert "of 2 met" in output
     assert "<= 0.85" in output
-    assert {row["numel"] for row in read(path)} == {"1", "640"}
+
+    rows = read(path)
+    fused, eager, stream = rows[:3]
+    assert {row["weights"] for row in rows[:6]} == {"both"}
+    # Two reads and a write in forward, three and one in backward; half as much in float16
+    assert [row["bytes_per_element"] for row in rows[:6]] == ["28"] * 3 + ["14"] * 3
+    # The losses and the gradient, and at most a page beside them; torch holds more.
+    assert 2 * 4 * 2**14 <= int(fused["peak_bytes"]) <= 2 * 4 * 2**14 + 4096
+    assert int(eager["peak_bytes"]) > int(fused["peak_bytes"])
+    assert stream["peak_bytes"] == ""
+    assert [row["numel"] for row in rows[6:]] == ["1"] * 3 + ["640"] * 3

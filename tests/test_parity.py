@@ -233,15 +233,11 @@ def test_missing_arguments(device):
 def test_reduction_is_checked_before_size_and_size_before_the_rest(ours, theirs, device):
     logits, wrong_size = torch.zeros(3, device=device), torch.zeros(4, device=device)
     bad_weight = ones(5, requires_grad=True)(device)
-    calls = {
-        "Mean": (logits.long(), wrong_size, "Mean", "Mean is not a valid value"),
-        "mean": (logits.long(), wrong_size, "mean", "Target size"),
-    }
-    for input, target, reduction, message in calls.values():
-        options = {"weight": bad_weight, "reduction": reduction}
-        expected = outcome(theirs, input, target, **options).error
+    for reduction, message in (("Mean", "Mean is not a valid value"), ("mean", "Target size")):
+        call = (logits.long(), wrong_size, bad_weight)
+        expected = outcome(theirs, *call, reduction=reduction).error
         assert expected[1].startswith(message)
-        assert outcome(ours, input, target, **options).error == expected
+        assert outcome(ours, *call, reduction=reduction).error == expected
 
 
 class Recording(torch.Tensor):

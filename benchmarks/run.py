@@ -1,0 +1,181 @@
+"""Times the fused loss against torch's, eager and compiled, and against the memory.
+
+    python benchmarks/run.py                     a ladder of sizes, with and without backward
+    python benchmarks/run.py --preset goals      the goals for the CPU: met or missed
+
+See benchmarks/README.md.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import shlex
+import sys
+from pathlib import Path
+
+import machine
+import torch
+from cases import DTYPES, MODES, REDUCTIONS, WEIGHTS, Case
+from contenders import copies_of_inputs, make_inputs, make_steps
+from goals import Goal, cpu_goals
+from results import Row, append_rows, start_file
+from rich.console import Console
+from tables import LEGEND, Measured, goals_table, size_text, times_table
+from timing import calls_per_sample, peak_bytes, time_alternating
+
+SIZES = [1, 16, 128, 640, 2**12, 2**14, 2**16, 2**18, 2**20, 2**22, 2**24]
+RESULTS = Path(__file__).parent / "results"
+
+
+def parse_size(text: str) -> int:
+    base, _, exponent = text.partition("^")
+    if not (base.isdecimal() and int(base) > 0 and (exponent or "1").isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 640 or 2^20")
+    return int(base) ** int(exponent or 1)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    add("--preset", choices=("goals",), help="the next six options select from it")
+    add("--sizes", nargs="+", type=parse_size, metavar="N", help="elements, such as 640 or 2^20")
+    add("--mode", nargs="+", choices=MODES, help="default: both")
+    add("--dtype", nargs="+", choices=DTYPES, help="of the logits; default: float32")
+    add("--target-dtype", choices=DTYPES, help="default: that of the logits")
+    add("--reduction", nargs="+", choices=REDUCTIONS, help="default: mean")
+    add("--weights", nargs="+", choices=WEIGHTS, help="per column, per row, or both; default: none")
+    add("--repeats", type=int, default=7, help="rounds at least, for each case (7)")
+    add("--seconds", type=float, default=2, help="more rounds while these last (2)")
+    add("--no-compile", action="store_true", help="leave torch.compile out")
+    add("--output", type=Path, default=RESULTS, help="a CSV file, or a folder (benchmarks/results)")
+    add("--append", action="store_true", help="add to the CSV file, in place of a new one")
+    arguments = parser.parse_args()
+    if arguments.preset == "goals" and arguments.device == "cuda":
+        parser.error("the goals are for the CPU")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device")
+    if arguments.device is None:
+        on_cpu = arguments.preset == "goals" or not torch.cuda.is_available()
+        arguments.device = "cpu" if on_cpu else "cuda"
+    return arguments
+
+
+def ladder_cases(arguments: argparse.Namespace) -> list[Case]:
+    # The sizes run fastest: cases that differ in nothing else share a table.
+    combinations = itertools.product(
+        arguments.mode or MODES,
+        arguments.dtype or ["float32"],
+        arguments.reduction or ["mean"],
+        arguments.weights or ["none"],
+        arguments.sizes or SIZES,
+    )
+    return [
+        Case(
+            numel=numel,
+            device=arguments.device,
+            mode=mode,
+            dtype=dtype,
+            target_dtype=arguments.target_dtype or dtype,
+            reduction=reduction,
+            weights=weights,
+        )
+        for mode, dtype, reduction, weights, numel in combinations
+    ]
+
+
+def selected_goals(arguments: argparse.Namespace) -> list[Goal]:
+    def is_selected(case: Case) -> bool:
+        return (
+            case.numel in (arguments.sizes or [case.numel])
+            and case.mode in (arguments.mode or MODES)
+            and case.dtype in (arguments.dtype or DTYPES)
+            and case.target_dtype == (arguments.target_dtype or case.target_dtype)
+            and case.reduction in (arguments.reduction or REDUCTIONS)
+            and case.weights in (arguments.weights or WEIGHTS)
+        )
+
+    return [goal for goal in cpu_goals() if is_selected(goal.case)]
+
+
+def measure(case: Case, arguments: argparse.Namespace, facts: dict) -> dict[str, Row]:
+    """One row for each contender."""
+    torch.manual_seed(0)
+    inputs = [make_inputs(case) for _ in range(copies_of_inputs(case))]
+    steps = make_steps(case, inputs, with_compile=not arguments.no_compile)
+    calls = calls_per_sample(steps, case.device)
+    with machine.OtherLoad() as others:
+        timings = time_alternating(steps, calls, case.device, arguments.repeats, arguments.seconds)
+    rows = {}
+    for name, step in steps.items():
+        for logits, _, _ in inputs:
+            logits.grad = None
+        rows[name] = Row(
+            **facts,
+            **dataclasses.asdict(case),
+            contender=name,
+            bytes_per_element=case.bytes_per_element,
+            median_seconds=timings[name].median,
+            iqr_seconds=timings[name].iqr,
+            wall_seconds=timings[name].wall_median,
+            # The stream allocates nothing.
+            peak_bytes=None if name == "stream" else peak_bytes(step, case.device),
+            other_load=others.processors,
+        )
+    return rows
+
+
+def measure_all(cases: list[Case], arguments: argparse.Namespace, console: Console) -> Measured:
+    """Prints a table and extends the CSV file as the cases are done."""
+    path = arguments.output
+    if path.suffix != ".csv":
+        path = path / f"{arguments.device}-{arguments.preset or 'ladder'}.csv"
+    start_file(path, arguments.append)
+    facts = {**machine.facts(arguments.device), "command": shlex.join(["python", *sys.argv])}
+    measured: Measured = {}
+    for title, group in itertools.groupby(cases, key=lambda case: case.title):
+        of_group: Measured = {}
+        for case in group:
+            with console.status(f"{title}, N = {size_text(case.numel)}"):
+                of_group[case] = measure(case, arguments, facts)
+            append_rows(path, list(of_group[case].values()))
+        console.print(times_table(of_group))
+        measured |= of_group
+    console.print(LEGEND, f"Written to {path}", sep="\n", soft_wrap=True)
+    return measured
+
+
+def warn_of_load(measured: Measured, console: Console) -> None:
+    disturbed = [
+        f"{case.title}, N = {size_text(case.numel)}"
+        for case, rows in measured.items()
+        if rows["fused"].is_disturbed
+    ]
+    if disturbed:
+        console.print(
+            "[bold red]Other work kept processors busy (column other_load); do not trust the times "
+            f"of: {'; '.join(disturbed)}",
+            soft_wrap=True,
+        )
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    if arguments.preset == "goals":
+        goals = selected_goals(arguments)
+        # Several goals share a case.
+        cases = list(dict.fromkeys(goal.case for goal in goals))
+        measured = measure_all(cases, arguments, console)
+        console.print(goals_table(goals, measured))
+    else:
+        measured = measure_all(ladder_cases(arguments), arguments, console)
+    warn_of_load(measured, console)
+
+
+if __name__ == "__main__":
+    main()

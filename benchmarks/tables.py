@@ -1,0 +1,82 @@
+"""The tables on the screen."""
+
+from cases import Case
+from goals import Goal, peak_multiple
+from results import Row
+from rich.table import Table
+
+CONTENDERS = ("fused", "eager", "compile", "stream")
+RATIOS = (("eager", "fused"), ("compile", "fused"), ("fused", "stream"))
+LEGEND = (
+    "Medians of one call. GB/s: the bytes that must move, by the time of fused. "
+    "peak: memory beyond the inputs, in multiples of the logits."
+)
+
+Measured = dict[Case, dict[str, Row]]
+
+
+def size_text(numel: int) -> str:
+    power = numel.bit_length() - 1
+    return f"2^{power}" if power >= 10 and numel == 2**power else str(numel)
+
+
+def time_text(seconds: float) -> str:
+    unit, size = ("us", 1e-6) if seconds < 1e-3 else ("ms", 1e-3) if seconds < 1 else ("s", 1)
+    # Three digits, never 1e+02.
+    return f"{float(f'{seconds / size:.3g}'):g} {unit}"
+
+
+def times_table(measured: Measured) -> Table:
+    """Cases that differ in their size alone."""
+    case = next(iter(measured))
+    table = Table(
+        title=f"{case.device}: {case.title} ({case.bytes_per_element} bytes an element)",
+        title_justify="left",
+    )
+    ratios = [f"{above}/\n{below}" for above, below in RATIOS]
+    for heading in ["N", *CONTENDERS, *ratios, "fused\nGB/s", "fused\npeak", "eager\npeak"]:
+        table.add_column(heading, justify="right")
+    for case, rows in measured.items():
+        table.add_row(size_text(case.numel), *times_cells(rows))
+    return table
+
+
+def times_cells(rows: dict[str, Row]) -> list[str]:
+    times = {name: row.median_seconds for name, row in rows.items()}
+    cells = [time_text(times[name]) if name in times else "" for name in CONTENDERS]
+    for above, below in RATIOS:
+        known = above in times and below in times
+        cells.append(f"{times[above] / times[below]:.2f}" if known else "")
+    fused = rows["fused"]
+    bandwidth = fused.bytes_per_element * fused.numel / fused.median_seconds / 1e9
+    cells.append(f"{bandwidth:.3g}")
+    return cells + [f"{peak_multiple(rows[name]):.2f}" for name in ("fused", "eager")]
+
+
+def goals_table(goals: list[Goal], measured: Measured) -> Table:
+    values = [goal.measured(measured[goal.case]) for goal in goals]
+    met = sum(
+        value is not None and goal.is_met(value) for goal, value in zip(goals, values, strict=True)
+    )
+    table = Table(title=f"Goals for the CPU: {met} of {len(goals)} met", title_justify="left")
+    for heading in ("case", "N", "measure", "goal", "measured", "verdict"):
+        table.add_column(heading, justify="left" if heading in ("case", "verdict") else "right")
+    for goal, value in zip(goals, values, strict=True):
+        table.add_row(
+            goal.case.title,
+            size_text(goal.case.numel),
+            goal.measure,
+            f"{goal.bound} {goal.value:g}",
+            "" if value is None else f"{value:.2f}",
+            verdict(goal, value, measured[goal.case]),
+        )
+    return table
+
+
+def verdict(goal: Goal, value: float | None, rows: dict[str, Row]) -> str:
+    if value is None:
+        return "not measured"
+    doubt = ", but disturbed" if rows["fused"].is_disturbed else ""
+    if goal.is_met(value, stretch=True):
+        return f"[green]met, and {goal.stretch:g}{doubt}"
+    return ("[green]met" if goal.is_met(value) else "[bold red]missed") + doubt

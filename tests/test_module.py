@@ -1,0 +1,590 @@
+"""The module as a stand-in for torch.nn's, and which calls take the fused path."""
+
+import copy
+import inspect
+import io
+import logging
+import pickle
+
+import pytest
+import torch
+from helpers import (
+    assert_double_close,
+    by_dtype,
+    by_reduction,
+    by_weights,
+    fused,
+    is_fused,
+    make_weights,
+    torch_bce,
+)
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fused_bce
+from fused_bce import BCEWithLogitsLoss, dispatch, why_not_fused
+
+DOUBLE = torch.float64
+CLASSES = (BCEWithLogitsLoss, torch.nn.BCEWithLogitsLoss)
+both_ways = pytest.mark.parametrize(
+    ("source", "destination"), [CLASSES, CLASSES[::-1]], ids=["from_ours", "from_torch"]
+)
+
+
+def batch(device, dtype=DOUBLE):
+    """Logits that require a gradient, and targets."""
+    logits = torch.randn(3, 4, device=device, dtype=dtype, requires_grad=True)
+    return logits, torch.rand(3, 4, device=device, dtype=dtype)
+
+
+def criteria(device, dtype=DOUBLE, **options):
+    """Our module and torch's, with the same weights."""
+    weights = make_weights(("weight", "pos_weight"), 4, device, dtype)
+    return [cls(**weights, **options) for cls in CLASSES]
+
+
+def test_is_a_torch_loss(device):
+    ours, theirs = (cls().to(device) for cls in CLASSES)
+    assert isinstance(ours, torch.nn.BCEWithLogitsLoss)
+    assert isinstance(ours, torch.nn.modules.loss._Loss)
+    assert repr(ours) == repr(theirs) == "BCEWithLogitsLoss()"
+    assert inspect.signature(BCEWithLogitsLoss) == inspect.signature(torch.nn.BCEWithLogitsLoss)
+    assert (
+        inspect.signature(ours.forward).parameters == inspect.signature(theirs.forward).parameters
+    )
+    assert set(vars(ours)) == set(vars(theirs))
+    logits, target = batch(device)
+    assert torch.equal(ours(logits, target), fused(logits, target))
+
+
+def test_function_has_the_signature_of_torch(device):
+    del device
+    ours, theirs = (inspect.signature(f).parameters for f in (fused, torch_bce))
+    assert list(ours) == list(theirs)
+    assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]
+
+
+@by_reduction
+@by_weights
+def test_attributes_and_value(weights, reduction, device):
+    weights = make_weights(weights, 4, device, DOUBLE)
+    ours, theirs = (cls(**weights, reduction=reduction) for cls in CLASSES)
+    assert ours.reduction == reduction
+    for name in ("weight", "pos_weight"):
+        # The very tensor, not a copy: a user may go on editing it.
+        assert getattr(ours, name) is weights.get(name)
+    logits, target = batch(device)
+    loss = ours(logits, target)
+    assert is_fused(loss)
+    assert_double_close(loss, theirs(logits, target))
+    for tensor in weights.values():
+        tensor.mul_(2)
+    assert_double_close(ours(logits, target), theirs(logits, target))
+
+
+def test_positional_arguments(device):
+    weights = make_weights(("weight", "pos_weight"), 4, device, DOUBLE)
+    call = (weights["weight"], None, None, "sum", weights["pos_weight"])
+    logits, target = batch(device)
+    assert_double_close(
+        BCEWithLogitsLoss(*call)(logits, target),
+        torch.nn.BCEWithLogitsLoss(*call)(input=logits, target=target),
+    )
+    weight, size_average, reduce, reduction, pos_weight = call
+    flat = (logits, target, weight, size_average, reduce, reduction, pos_weight)
+    assert_double_close(fused(*flat), torch_bce(*flat))
+
+
+def test_attributes_may_change_after_construction(device):
+    ours = BCEWithLogitsLoss().to(device)
+    logits, target = batch(device)
+    ours.reduction = "sum"
+    ours.pos_weight = torch.full((4,), 3.0, dtype=DOUBLE, device=device)
+    expected = torch_bce(logits, target, reduction="sum", pos_weight=ours.pos_weight)
+    assert_double_close(ours(logits, target), expected)
+
+
+@by_weights
+@both_ways
+def test_state_dict_passes_between_the_classes(source, destination, weights, device):
+    saved = source(**make_weights(weights, 4, device, DOUBLE))
+    state = saved.state_dict()
+    assert set(state) == set(weights)
+
+    loaded = destination(**{name: torch.zeros(4, dtype=DOUBLE, device=device) for name in weights})
+    assert str(loaded.load_state_dict(state)) == "<All keys matched successfully>"
+    logits, target = batch(device)
+    assert_double_close(loaded(logits, target), saved(logits, target))
+
+
+@both_ways
+def test_state_dict_is_loaded_strictly(source, destination, device):
+    state = source(pos_weight=torch.ones(4, device=device)).state_dict()
+    plain = destination().to(device)
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"pos_weight"'):
+        plain.load_state_dict(state)
+    weighted = destination(weight=torch.ones(4, device=device))
+    with pytest.raises(RuntimeError, match=r'Missing key.*"weight"'):
+        weighted.load_state_dict({})
+    assert weighted.load_state_dict(state, strict=False).missing_keys == ["weight"]
+    assert torch.equal(weighted.weight, torch.ones(4, device=device))
+
+
+def through_pickle(module):
+    return pickle.loads(pickle.dumps(module))
+
+
+def through_torch_save(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, through_pickle, through_torch_save])
+@by_reduction
+def test_copies(reduction, copy_of, device):
+    ours, _ = criteria(device, reduction=reduction)
+    copied = copy_of(ours)
+    assert type(copied) is BCEWithLogitsLoss
+    assert copied.pos_weight is not ours.pos_weight
+    logits, target = batch(device)
+    assert torch.equal(copied(logits, target), ours(logits, target))
+    copied.pos_weight.mul_(2)
+    assert not torch.equal(copied(logits, target), ours(logits, target))
+
+
+CONVERSIONS = {
+    "half": lambda m: m.half(),
+    "bfloat16": lambda m: m.bfloat16(),
+    "to_float64": lambda m: m.to(torch.float64),
+    "double": lambda m: m.double(),
+    "to_cpu": lambda m: m.cpu(),
+    "eval": lambda m: m.eval(),
+}
+
+
+@pytest.mark.parametrize("convert", CONVERSIONS.values(), ids=CONVERSIONS)
+def test_conversions(convert, device):
+    ours, theirs = (convert(m) for m in criteria(device, torch.float32))
+    assert ours.pos_weight.dtype == theirs.pos_weight.dtype
+    assert ours.pos_weight.device == theirs.pos_weight.device
+    assert ours.training == theirs.training
+    # The dtype of the weights does not matter for that of the loss.
+    logits, target = batch(ours.weight.device, torch.float32)
+    loss, expected = ours(logits, target), theirs(logits, target)
+    assert is_fused(loss)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_buffers_follow_the_device(device):
+    ours = BCEWithLogitsLoss(pos_weight=torch.ones(4)).to(device)
+    assert ours.pos_weight.device.type == device
+    assert [name for name, _ in ours.named_buffers()] == ["pos_weight"]
+    assert list(ours.parameters()) == []
+
+
+class Classifier(torch.nn.Module):
+    """A model that holds its loss, as detection and segmentation models do."""
+
+    def __init__(self, criterion):
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4)
+        )
+        self.criterion = criterion
+
+    def forward(self, samples, target):
+        return self.criterion(self.layers(samples), target)
+
+
+def classifiers(device, **options):
+    """Two models that differ in the class of their loss only."""
+    ours, theirs = (Classifier(c) for c in criteria(device, **options))
+    theirs.layers = copy.deepcopy(ours.layers)
+    data = torch.randn(5, 6, dtype=DOUBLE), torch.randint(2, (5, 4)).to(DOUBLE)
+    return (m.to(device, DOUBLE) for m in (ours, theirs)), [t.to(device) for t in data]
+
+
+def parameter_gradients(model, loss):
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+def check_values(got_loss, model, torch_model, data):
+    """The loss and the gradients of all parameters are those of torch's module."""
+    expected = torch_model(*data)
+    assert_double_close(got_loss, expected)
+    assert_double_close(
+        parameter_gradients(model, got_loss.sum()),
+        parameter_gradients(torch_model, expected.sum()),
+    )
+
+
+def test_training(device):
+    models, data = classifiers(device)
+    losses = []
+    for model in models:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+        first = model(*data).detach()
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = model(*data)
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.detach())
+    assert_double_close(*losses)
+    # It has learned something.
+    assert losses[0] < 0.5 * first
+
+
+jit_is_deprecated = pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
+# torch's function compares the sizes, which a trace cannot follow.
+sizes_are_traced = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+
+
+@jit_is_deprecated
+@by_reduction
+def test_jit_script(reduction, device):
+    (ours, theirs), data = classifiers(device, reduction=reduction)
+    scripted = torch.jit.script(ours)
+    check_values(scripted(*data), scripted, theirs, data)
+    with pytest.raises(Exception, match="must be the same as input size"):
+        scripted(data[0], data[1][:2])
+
+
+@jit_is_deprecated
+def test_jit_script_saved_and_loaded(device):
+    (ours, theirs), data = classifiers(device)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(ours), file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    check_values(loaded(*data), loaded, theirs, data)
+
+
+@jit_is_deprecated
+@sizes_are_traced
+@by_reduction
+def test_jit_trace(reduction, device):
+    (ours, theirs), data = classifiers(device, reduction=reduction)
+    traced = torch.jit.trace(ours, tuple(data))
+    check_values(traced(*data), traced, theirs, data)
+    # Nothing of the first call is frozen into the trace.
+    fresh = [torch.randn_like(data[0]), torch.rand_like(data[1])]
+    check_values(traced(*fresh), traced, theirs, fresh)
+
+
+@by_reduction
+def test_fx_symbolic_trace(reduction, device):
+    (ours, theirs), data = classifiers(device, reduction=reduction)
+    graph_module = torch.fx.symbolic_trace(ours)
+    calls = [node for node in graph_module.graph.nodes if node.target is torch_bce]
+    assert len(calls) == 1
+    check_values(graph_module(*data), graph_module, theirs, data)
+
+
+@by_reduction
+def test_compile(reduction, device):
+    (ours, theirs), data = classifiers(device, reduction=reduction)
+    graphs = []
+
+    def backend(graph_module, example_inputs):
+        graphs.append(graph_module)
+        return graph_module.forward
+
+    compiled = torch.compile(ours, fullgraph=True, backend=backend)
+    check_values(compiled(*data), ours, theirs, data)
+    assert len(graphs) == 1
+    eager = torch.compile(fused, fullgraph=True, backend="eager")
+    logits, target = batch(device)
+    assert_double_close(
+        eager(logits, target, reduction=reduction), torch_bce(logits, target, reduction=reduction)
+    )
+
+
+def test_make_fx(device):
+    logits, target = (t.detach() for t in batch(device))
+    traced = torch.fx.experimental.proxy_tensor.make_fx(lambda x, t: fused(x, t))(logits, target)
+    assert_double_close(traced(logits + 1, target), torch_bce(logits + 1, target))
+
+
+def test_export(device):
+    (ours, theirs), data = classifiers(device)
+    exported = torch.export.export(ours, tuple(data)).module()
+    assert_double_close(exported(*data), theirs(*data))
+
+
+class Recording(torch.Tensor):
+    """A subclass that changes nothing and notes the functions that it passes through."""
+
+    calls: list
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.calls.append(function)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@by_reduction
+@pytest.mark.parametrize("role", ["input", "target", "weight", "pos_weight"])
+def test_subclass_sees_one_call(role, reduction, device):
+    logits, target = (t.detach() for t in batch(device))
+    weights = make_weights(("weight", "pos_weight"), 4, device, DOUBLE)
+    arguments = {"input": logits, "target": target, **weights}
+    expected = torch_bce(**arguments, reduction=reduction)
+    arguments[role] = arguments[role].as_subclass(Recording)
+    seen = {}
+    for function in (fused, torch_bce):
+        Recording.calls = []
+        loss = function(**arguments, reduction=reduction)
+        seen[function] = list(Recording.calls)
+        assert type(loss) is Recording
+        assert_double_close(loss.as_subclass(torch.Tensor), expected)
+    assert seen[fused] == seen[torch_bce]
+    assert seen[fused].count(torch_bce) == 1
+
+
+def test_function_mode_sees_one_call(device):
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __init__(self):
+            self.calls = []
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.calls.append(function)
+            return function(*args, **(kwargs or {}))
+
+    logits, target = batch(device)
+    for function in (fused, torch_bce):
+        with Mode() as mode:
+            loss = function(logits, target)
+        assert mode.calls == [torch_bce]
+        assert_double_close(loss, torch_bce(logits, target))
+
+
+def test_parameters_and_buffers_are_fused(device):
+    logits, target = batch(device)
+    weight = torch.nn.Parameter(torch.rand(4, device=device), requires_grad=False)
+    pos_weight = torch.nn.Buffer(torch.rand(4, device=device))
+    options = {"weight": weight, "pos_weight": pos_weight}
+    loss = fused(torch.nn.Parameter(logits.detach()), target, **options)
+    assert is_fused(loss)
+    assert_double_close(loss, torch_bce(logits, target, **options))
+
+
+@by_dtype
+@by_reduction
+@by_weights
+def test_ordinary_calls_are_fused(weights, reduction, dtype, device):
+    logits, target = batch(device, dtype)
+    weights = make_weights(weights, 4, device, dtype)
+    assert why_not_fused(logits, target, **weights) is None
+    loss = BCEWithLogitsLoss(**weights, reduction=reduction)(logits, target)
+    assert is_fused(loss)
+    expected = torch_bce(logits, target, **weights, reduction=reduction)
+    # Half types are rounded to the nearest here and after each operation there.
+    tolerance = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(loss, expected, rtol=tolerance, atol=tolerance)
+
+
+def zeros(device, dtype=torch.float32, shape=(3, 4)):
+    return torch.zeros(shape, device=device, dtype=dtype)
+
+
+FUSED_CALLS = {
+    "target_requires_grad": lambda d: (zeros(d), zeros(d).requires_grad_()),
+    "no_gradient": lambda d: (zeros(d), zeros(d)),
+    "dtypes_differ": lambda d: (zeros(d), zeros(d, DOUBLE)),
+    "empty": lambda d: (zeros(d, shape=0), zeros(d, shape=0)),
+    "number": lambda d: (zeros(d, shape=()), zeros(d, shape=())),
+    "expanded": lambda d: (zeros(d, shape=1).expand(3, 4), zeros(d)),
+    "transposed": lambda d: (zeros(d).t(), zeros(d).t()),
+    "bool_weight": lambda d: (zeros(d), zeros(d), zeros(d, torch.bool, 4)),
+    "int64_weights": lambda d: (zeros(d), zeros(d), *[zeros(d, torch.int64, 4)] * 2),
+    "parameter": lambda d: (torch.nn.Parameter(zeros(d)), zeros(d)),
+}
+
+
+@pytest.mark.parametrize("make", FUSED_CALLS.values(), ids=FUSED_CALLS)
+def test_why_not_fused_is_none(make, device):
+    call = make(device)
+    assert why_not_fused(*call) is None
+    logits, target, *weights = call
+    weights = dict(zip(("weight", "pos_weight"), weights, strict=False))
+    options = {"reduction": "sum", **weights}
+    torch.testing.assert_close(
+        fused(logits, target, **options), torch_bce(logits, target, **options)
+    )
+
+
+UNFUSED_CALLS = {  # arguments, and the reason
+    "int_logits": (lambda d: (zeros(d, torch.int64), zeros(d)), "input has dtype torch.int64"),
+    "complex_target": (
+        lambda d: (zeros(d), zeros(d, torch.complex64)),
+        "target has dtype torch.complex64",
+    ),
+    "sizes": (lambda d: (zeros(d), zeros(d, shape=4)), "input and target differ in size"),
+    "meta": (lambda d: (zeros("meta"), zeros("meta")), "input is not an ordinary tensor"),
+    "meta_target": (lambda d: (zeros(d), zeros("meta")), "target is not an ordinary tensor"),
+    "sparse": (lambda d: (zeros(d).to_sparse(), zeros(d)), "input is not an ordinary tensor"),
+    "negated_view": (
+        lambda d: (torch._neg_view(zeros(d)), zeros(d)),
+        "input is not an ordinary tensor",
+    ),
+    "not_a_tensor": (lambda d: (1.0, zeros(d)), "input or target is not a tensor"),
+    "no_target": (lambda d: (zeros(d), None), "input or target is not a tensor"),
+    "list_as_weight": (lambda d: (zeros(d), zeros(d), [1.0]), "weight is not a tensor"),
+    "number_as_pos_weight": (
+        lambda d: (zeros(d), zeros(d), None, 2.0),
+        "pos_weight is not a tensor",
+    ),
+    "complex_weight": (
+        lambda d: (zeros(d), zeros(d), zeros(d, torch.complex64)),
+        "weight has dtype torch.complex64",
+    ),
+    "bool_pos_weight": (
+        lambda d: (zeros(d), zeros(d), None, zeros(d, torch.bool)),
+        "pos_weight has dtype torch.bool",
+    ),
+    "sparse_weight": (
+        lambda d: (zeros(d), zeros(d), zeros(d).to_sparse()),
+        "weight is not an ordinary tensor",
+    ),
+    "weight_requires_grad": (
+        lambda d: (zeros(d), zeros(d), zeros(d).requires_grad_()),
+        "weight requires a gradient",
+    ),
+    "pos_weight_requires_grad": (
+        lambda d: (zeros(d), zeros(d), None, zeros(d).requires_grad_()),
+        "pos_weight requires a gradient",
+    ),
+    "subclass": (
+        lambda d: (zeros(d).as_subclass(Recording), zeros(d)),
+        "a tensor subclass or mode overrides torch functions",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), UNFUSED_CALLS.values(), ids=UNFUSED_CALLS)
+def test_why_not_fused_of_arguments(make, reason, device):
+    Recording.calls = []
+    assert why_not_fused(*make(device)).startswith(reason)
+
+
+def test_why_not_fused_names_what_is_unusual(device):
+    reason = why_not_fused(zeros(device).to_sparse(), zeros(device))
+    assert "Sparse" in reason
+
+
+class Passing(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class FunctionMode(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+MODES = {
+    "forward_mode": (forward_ad.dual_level, "inside forward-mode differentiation"),
+    "dispatch_mode": (Passing, "inside a __torch_dispatch__ mode"),
+    "function_mode": (FunctionMode, "a tensor subclass or mode overrides torch functions"),
+}
+
+
+@pytest.mark.parametrize(("mode", "reason"), MODES.values(), ids=MODES)
+def test_why_not_fused_inside_a_mode(mode, reason, device):
+    logits, target = batch(device)
+    expected = torch_bce(logits, target)
+    with mode():
+        assert why_not_fused(logits, target) == reason
+        loss = fused(logits, target)
+    assert not is_fused(loss)
+    assert_double_close(loss, expected)
+    # And the mode leaves nothing behind.
+    assert is_fused(fused(logits, target))
+
+
+def test_why_not_fused_inside_torch_func(device):
+    logits, target = (t.detach() for t in batch(device))
+    reasons = []
+
+    def loss(x):
+        reasons.append(why_not_fused(x, target))
+        # Not even of tensors that the transform does not follow.
+        reasons.append(why_not_fused(logits, target))
+        return fused(x, target)
+
+    assert_double_close(
+        torch.func.grad(loss)(logits), torch.func.grad(lambda x: torch_bce(x, target))(logits)
+    )
+    assert reasons == ["inside a torch.func transform"] * 2
+
+
+@jit_is_deprecated
+@sizes_are_traced
+def test_why_not_fused_inside_a_trace(device):
+    logits, target = (t.detach() for t in batch(device))
+    reasons = []
+
+    def loss(x):
+        reasons.append(why_not_fused(x, target))
+        return fused(x, target)
+
+    torch.jit.trace(loss, logits, check_trace=False)
+    assert reasons == ["inside torch.jit.trace"]
+
+
+def test_why_not_fused_when_compiled(device):
+    logits, target = (t.detach() for t in batch(device))
+
+    def loss(x):
+        return fused(x, target), why_not_fused(x, target)
+
+    value, reason = torch.compile(loss, backend="eager", fullgraph=True)(logits)
+    assert reason == "torch.compile fuses torch's own function"
+    assert_double_close(value, torch_bce(logits, target))
+
+
+def test_why_not_fused_forgives_weights_where_no_gradient_is_taken(device):
+    logits, target = batch(device)
+    weight = torch.ones(4, dtype=DOUBLE, device=device, requires_grad=True)
+    with torch.no_grad():
+        assert why_not_fused(logits, target, weight, weight) is None
+        assert_double_close(fused(logits, target, weight), torch_bce(logits, target, weight))
+
+
+def test_reason_is_logged_once(caplog, device):
+    dispatch.log_once.cache_clear()
+    logits, target = batch(device)
+    negated = torch._neg_view(logits)
+    with caplog.at_level(logging.INFO, logger="fused_bce"):
+        fused(logits, target)
+        assert caplog.records == []
+        for _ in range(3):
+            loss = fused(negated, target)
+        with forward_ad.dual_level():
+            fused(logits, target)
+            fused(logits, target)
+    assert_double_close(loss, torch_bce(-logits, target))
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert messages[0] == f"not fused: {why_not_fused(negated, target)}"
+    assert messages[1] == "not fused: inside forward-mode differentiation"
+    assert {record.name for record in caplog.records} == {"fused_bce"}
+    dispatch.log_once.cache_clear()
+
+
+def test_nothing_is_logged_by_default(caplog, device):
+    dispatch.log_once.cache_clear()
+    loss = fused(torch._neg_view(zeros(device)), zeros(device))
+    assert caplog.records == []
+    torch.testing.assert_close(loss, torch_bce(zeros(device), zeros(device)))
+
+
+def test_build_info(device):
+    info = fused_bce.build_info()
+    assert info["version"] == fused_bce.__version__
+    assert torch.__version__.startswith(info["torch"].split("+")[0])
+    assert info["cpu_instruction_set"] in info["cpu_instruction_sets"]
+    assert (info["cuda_archs"] is not None) or device == "cpu"
