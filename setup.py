@@ -69,15 +69,15 @@ def extension():
         "name": "fused_bce._C",
         "sources": sources("", ".cpp") + sources("cpu", ".cpp"),
         "include_dirs": [pybind11.get_include()],
-        "depends": [str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")],
+        "depends": [str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.*h")],
         "extra_compile_args": {"cxx": compile_args()},
     }
     if not use_cuda():
         return cpp_extension.CppExtension(**options)
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
+    archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
     options["sources"] += sources("cuda", ".cu")
-    options["define_macros"] = [("FUSED_BCE_CUDA", None)]
-    options["extra_compile_args"]["nvcc"] = ["-O3", "--expt-relaxed-constexpr"]
+    options["extra_compile_args"]["cxx"].append(f'-DFUSED_BCE_CUDA="{archs}"')
+    options["extra_compile_args"]["nvcc"] = ["-O3", "--expt-relaxed-constexpr", "-Xptxas=-v"]
     return cpp_extension.CUDAExtension(**options)
 
 

@@ -126,6 +126,8 @@ struct BCEWithLogitsFunction : torch::autograd::Function<BCEWithLogitsFunction> 
         std::any_of(saved_tensors.begin(), saved_tensors.end(), has_tangent)) {
       grads[0] = saved.differentiable_grad_logits(grad_loss);
     } else if (stored.defined()) {
+      // Compiled autograd keeps a reference; what others hold is not scaled in place.
+      if (stored.use_count() > 1) stored = stored.clone();
       static const auto scale = op<ScaleSignature>("fused_bce::scale_");
       scale.call(stored, grad_loss);
       grads[0] = std::move(stored);

@@ -9,7 +9,7 @@
 #pragma once
 
 #if defined(__CUDACC__)
-#define FUSED_BCE_INLINE __host__ __device__ __forceinline__
+#define FUSED_BCE_INLINE __device__ __forceinline__
 #else
 #define FUSED_BCE_INLINE inline __attribute__((always_inline))
 #endif
@@ -104,6 +104,12 @@ FUSED_BCE_INLINE Real exp_minus(Real a) {
   return scale_exp2_minus(y, shifted);
 }
 
+// a / b for b in [1, 2]. Like exp_minus, a backend may have a faster one for its own Real.
+template <class Real>
+FUSED_BCE_INLINE Real quotient(Real a, Real b) {
+  return a / b;
+}
+
 template <class Real>
 struct LossAndGrad {
   Real loss;
@@ -120,7 +126,7 @@ FUSED_BCE_INLINE LossAndGrad<Real> bce_with_logits(Real x, Real t, Real pos_weig
   const Real zero(0), one(1);
   const Real a = abs(x);
   const Real e = exp_minus(a);
-  const Real c = e / (one + e);
+  const Real c = quotient(e, one + e);
   const Real sp = Precision<typename Real::Scalar>::log1p(e);
 
   const Real u = one - t;

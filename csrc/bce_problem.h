@@ -39,8 +39,8 @@ struct Problem {
   DType loss_dtype = DType::kFloat32;
   void* grad_logits = nullptr;  // [numel], in the dtype of the logits
 
-  // The gradient's factors: one number (1/N, grad_loss), and one for each element in the backward
-  // of none.
+  // The gradient's factors: 1/N for mean, and in backward grad_loss, one number or one for each
+  // element.
   double grad_scale = 1.0;
   Broadcast grad_loss;
 };
@@ -51,5 +51,15 @@ inline bool computes_in_double(const Problem& p) {
 
 // Bit-identical results for any number of threads.
 void launch_cpu(const Problem& problem);
+
+// On the current device, in the given stream (a cudaStream_t), without waiting for it. The results
+// are bit-identical for any number of blocks. Pairs with one float64 must have two.
+int64_t cuda_workspace_bytes(const Problem& problem);
+void launch_cuda(const Problem& problem, void* workspace, void* stream);
+// grad_logits *= grad_loss, one number in the memory of the device.
+void launch_cuda_scale(void* grad_logits, DType dtype, int64_t numel, const void* grad_loss,
+                       DType grad_loss_dtype, void* stream);
+// For tests: no more blocks than this in a launch.
+void limit_cuda_blocks(int64_t most);
 
 }  // namespace fused_bce

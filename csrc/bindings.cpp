@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 #include <torch/version.h>
 
+#include "bce_problem.h"
 #include "cpu/isa.h"
 #include "ops.h"
 
@@ -38,7 +39,11 @@ py::dict build_info() {
   py::dict info;
   info["torch"] = TORCH_VERSION;
   info["compiler"] = kCompiler;
+#if defined(FUSED_BCE_CUDA)
+  info["cuda_archs"] = py::str(FUSED_BCE_CUDA).attr("split")(";");
+#else
   info["cuda_archs"] = py::none();
+#endif
   return info;
 }
 
@@ -58,4 +63,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", &instruction_set_names);
   m.def("current_instruction_set", [] { return fused_bce::current_instruction_set().name; });
   m.def("use_instruction_set", &fused_bce::use_instruction_set, py::arg("name"));
+#if defined(FUSED_BCE_CUDA)
+  m.def("limit_cuda_blocks", &fused_bce::limit_cuda_blocks, py::arg("most"));
+#endif
 }

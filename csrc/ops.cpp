@@ -7,6 +7,8 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/ops/full.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -15,6 +17,10 @@
 
 #include "bce_problem.h"
 #include "cpu/allocator.h"
+
+#if defined(FUSED_BCE_CUDA)
+#include <c10/cuda/CUDAStream.h>
+#endif
 
 namespace fused_bce {
 namespace {
@@ -111,9 +117,13 @@ c10::SmallVector<Dim, 6> merged_dims(const Tensor& expanded, const Tensor& ancho
 // `t` as an operand of the walk, not materialised if it varies along one (merged) dimension only.
 // What it refers to is kept alive in `t`.
 Broadcast broadcast_along(const char* name, Tensor& t, const Tensor& anchor, bool in_double) {
+  TORCH_CHECK(!t.is_complex(), name, " must be real, not ", t.scalar_type());
+  // A number on the CPU goes with any device. Filled in, not copied: a copy would not be safe in a
+  // captured graph.
+  if (t.is_cpu() && t.dim() == 0 && !anchor.is_cpu())
+    t = at::full({}, t.item(), anchor.options().dtype(in_double ? at::kDouble : at::kFloat));
   TORCH_CHECK(t.device() == anchor.device(), "logits are on ", anchor.device(), " but ", name,
               " is on ", t.device());
-  TORCH_CHECK(!t.is_complex(), name, " must be real, not ", t.scalar_type());
   const bool readable = at::isFloatingType(t.scalar_type()) && !at::isFloat8Type(t.scalar_type());
   if (!readable || (t.scalar_type() == at::kDouble && !in_double))
     t = t.to(in_double ? at::kDouble : at::kFloat);
@@ -140,23 +150,30 @@ Broadcast broadcast_along(const char* name, Tensor& t, const Tensor& anchor, boo
 
 // A call with everything that its pointers refer to.
 struct Call {
+  c10::DeviceGuard device;
   Tensor anchor, logits, target, weight, pos_weight, grad_loss;
   Problem problem;
 
   Call(const Tensor& anchor_, const Tensor& logits_, const Tensor& target_,
        const OptionalTensor& weight_, const OptionalTensor& pos_weight_, int64_t reduction)
-      : anchor(anchor_of(anchor_)) {
+      : device(anchor_.device()), anchor(anchor_of(anchor_)), logits(logits_), target(target_) {
     TORCH_CHECK_VALUE(reduction >= 0 && reduction < at::Reduction::END, reduction,
                       " is not a valid value for reduction");
     problem.reduction = static_cast<Reduction>(reduction);
     problem.numel = anchor.numel();
-    problem.logits.dtype = dtype_of("logits", logits_.scalar_type());
-    problem.target.dtype = dtype_of("target", target_.scalar_type());
-    logits = along_walk(logits_, anchor);
-    target = along_walk(target_, anchor);
+    problem.logits.dtype = dtype_of("logits", logits.scalar_type());
+    problem.target.dtype = dtype_of("target", target.scalar_type());
+    const bool in_double = computes_in_double(problem);
+    if (in_double && anchor.is_cuda()) {
+      // One float64 operand of two is too rare for kernels of its own.
+      problem.logits.dtype = problem.target.dtype = DType::kFloat64;
+      logits = logits.to(at::kDouble);
+      target = target.to(at::kDouble);
+    }
+    logits = along_walk(logits, anchor);
+    target = along_walk(target, anchor);
     problem.logits.data = logits.const_data_ptr();
     problem.target.data = target.const_data_ptr();
-    const bool in_double = computes_in_double(problem);
     if (weight_) {
       weight = *weight_;
       problem.weight = broadcast_along("weight", weight, anchor, in_double);
@@ -169,23 +186,39 @@ struct Call {
       problem.grad_scale = 1.0 / static_cast<double>(problem.numel);
   }
 
-  void set_loss(const Tensor& loss) {
+  Tensor new_loss(at::ScalarType dtype) {
+    const Tensor loss = problem.reduction == Reduction::kNone
+                            ? allocate_like(anchor, dtype)
+                            : at::empty({}, anchor.options().dtype(dtype));
     problem.loss = loss.mutable_data_ptr();
-    problem.loss_dtype = dtype_of("loss", loss.scalar_type());
+    problem.loss_dtype = dtype_of("loss", dtype);
+    return loss;
   }
 
-  void launch() { launch_cpu(problem); }
+  Tensor new_grad_logits() {
+    const Tensor grad_logits = allocate_like(anchor, logits.scalar_type());
+    problem.grad_logits = grad_logits.mutable_data_ptr();
+    return grad_logits;
+  }
+
+  void launch() {
+#if defined(FUSED_BCE_CUDA)
+    if (anchor.is_cuda()) {
+      const Tensor workspace =
+          at::empty({cuda_workspace_bytes(problem)}, anchor.options().dtype(at::kByte));
+      return launch_cuda(problem, workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
+    }
+#endif
+    launch_cpu(problem);
+  }
 };
 
 Tensor forward(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                const OptionalTensor& pos_weight, int64_t reduction, OptionalDtype dtype) {
   check_operands(logits, target, weight, pos_weight);
-  const bool none = reduction == at::Reduction::None;
-  Call call(none ? target : logits, logits, target, weight, pos_weight, reduction);
-  const at::ScalarType loss_dtype = dtype.value_or(target.scalar_type());
-  Tensor loss = none ? allocate_like(call.anchor, loss_dtype)
-                     : at::empty({}, logits.options().dtype(loss_dtype));
-  call.set_loss(loss);
+  const Tensor& anchor = reduction == at::Reduction::None ? target : logits;
+  Call call(anchor, logits, target, weight, pos_weight, reduction);
+  Tensor loss = call.new_loss(dtype.value_or(target.scalar_type()));
   call.launch();
   return loss;
 }
@@ -198,46 +231,57 @@ std::tuple<Tensor, Tensor> forward_with_grad(const Tensor& logits, const Tensor&
   TORCH_CHECK_VALUE(reduction != at::Reduction::None,
                     "forward_with_grad needs a reduced loss: reduction mean or sum");
   Call call(logits, logits, target, weight, pos_weight, reduction);
-  Tensor loss = at::empty({}, logits.options().dtype(dtype.value_or(target.scalar_type())));
-  Tensor grad_logits = allocate_like(call.anchor, logits.scalar_type());
-  call.set_loss(loss);
-  call.problem.grad_logits = grad_logits.mutable_data_ptr();
+  Tensor loss = call.new_loss(dtype.value_or(target.scalar_type()));
+  const Tensor grad_logits = call.new_grad_logits();
   call.launch();
-  return {std::move(loss), std::move(grad_logits)};
+  return {std::move(loss), grad_logits.to(logits.scalar_type())};
 }
 
 Tensor backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
                 const OptionalTensor& weight, const OptionalTensor& pos_weight, int64_t reduction) {
   check_operands(logits, target, weight, pos_weight);
+  const bool none = reduction == at::Reduction::None;
+  TORCH_CHECK(none ? grad_loss.sizes() == logits.sizes() : grad_loss.numel() == 1,
+              "grad_loss has shape ", grad_loss.sizes(), ", which is not that of the loss");
   Call call(logits, logits, target, weight, pos_weight, reduction);
-  if (reduction == at::Reduction::None) {
-    TORCH_CHECK(grad_loss.sizes() == logits.sizes(), "grad_loss has shape ", grad_loss.sizes(),
-                ", the loss has ", logits.sizes());
-    call.grad_loss = grad_loss;
-    call.problem.grad_loss =
-        broadcast_along("grad_loss", call.grad_loss, call.anchor, computes_in_double(call.problem));
-  } else {
-    TORCH_CHECK(grad_loss.numel() == 1, "grad_loss has shape ", grad_loss.sizes(),
-                ", the loss is one number");
-    call.problem.grad_scale *= grad_loss.item<double>();
-  }
-  Tensor grad_logits = allocate_like(call.anchor, logits.scalar_type());
-  call.problem.grad_logits = grad_logits.mutable_data_ptr();
+  call.grad_loss = grad_loss;
+  call.problem.grad_loss =
+      broadcast_along("grad_loss", call.grad_loss, call.anchor, computes_in_double(call.problem));
+  const Tensor grad_logits = call.new_grad_logits();
   call.launch();
-  return grad_logits;
+  return grad_logits.to(logits.scalar_type());
 }
 
 void scale_(Tensor& grad_logits, const Tensor& grad_loss) {
+#if defined(FUSED_BCE_CUDA)
+  if (grad_logits.is_cuda()) {
+    TORCH_CHECK(grad_loss.device() == grad_logits.device() && grad_loss.numel() == 1 &&
+                    grad_logits.is_non_overlapping_and_dense(),
+                "scale_ needs a dense grad_logits and one number on its device");
+    const c10::DeviceGuard device(grad_logits.device());
+    return launch_cuda_scale(
+        grad_logits.mutable_data_ptr(), dtype_of("grad_logits", grad_logits.scalar_type()),
+        grad_logits.numel(), grad_loss.const_data_ptr(),
+        dtype_of("grad_loss", grad_loss.scalar_type()), c10::cuda::getCurrentCUDAStream());
+  }
+#endif
   const double scale = grad_loss.item<double>();
   if (scale != 1.0) grad_logits.mul_(scale);
 }
 
+constexpr c10::DispatchKey kBackends[] = {
+    c10::DispatchKey::CPU,
+#if defined(FUSED_BCE_CUDA)
+    c10::DispatchKey::CUDA,
+#endif
+};
+
 }  // namespace
 
 void register_ops() {
-  // Nobody unloads an extension module.
-  static torch::Library definitions(torch::Library::DEF, "fused_bce", std::nullopt, __FILE__,
-                                    __LINE__);
+  // Never destroyed: nobody unloads an extension module.
+  static auto& definitions =
+      *new torch::Library(torch::Library::DEF, "fused_bce", std::nullopt, __FILE__, __LINE__);
   definitions.def(
       "binary_cross_entropy_with_logits(Tensor logits, Tensor target, Tensor? weight=None, "
       "Tensor? pos_weight=None, int reduction=1, ScalarType? dtype=None) -> Tensor");
@@ -249,12 +293,14 @@ void register_ops() {
       "Tensor? pos_weight, int reduction) -> Tensor");
   definitions.def("scale_(Tensor(a!) grad_logits, Tensor grad_loss) -> ()");
 
-  static torch::Library cpu(torch::Library::IMPL, "fused_bce", c10::DispatchKey::CPU, __FILE__,
-                            __LINE__);
-  cpu.impl("binary_cross_entropy_with_logits", &forward);
-  cpu.impl("forward_with_grad", &forward_with_grad);
-  cpu.impl("backward", &backward);
-  cpu.impl("scale_", &scale_);
+  for (const auto key : kBackends) {
+    auto* const library =
+        new torch::Library(torch::Library::IMPL, "fused_bce", key, __FILE__, __LINE__);
+    library->impl("binary_cross_entropy_with_logits", &forward);
+    library->impl("forward_with_grad", &forward_with_grad);
+    library->impl("backward", &backward);
+    library->impl("scale_", &scale_);
+  }
 }
 
 }  // namespace fused_bce

@@ -92,7 +92,7 @@ void read_any(const void* data, DType dtype, int64_t at, int count, T padding, T
       return read(static_cast<const BFloat16*>(data) + at, count, padding, out);
     case DType::kFloat32:
       return read(static_cast<const float*>(data) + at, count, padding, out);
-    case DType::kFloat64:
+    case DType::kFloat64:  // only where the arithmetic is in double, too
       if constexpr (std::is_same_v<T, double>)
         return read(static_cast<const double*>(data) + at, count, padding, out);
   }
@@ -108,8 +108,7 @@ void write_any(const T* in, int count, DType dtype, int64_t at, void* data) {
     case DType::kFloat32:
       return write(in, count, static_cast<float*>(data) + at);
     case DType::kFloat64:
-      if constexpr (std::is_same_v<T, double>)
-        return write(in, count, static_cast<double*>(data) + at);
+      return write(in, count, static_cast<double*>(data) + at);
   }
 }
 
@@ -151,11 +150,13 @@ class BroadcastReader {
 
   const T* tile(int64_t begin, int count) {
     if (!source_.data) return nullptr;
-    if (period_) return buffer_ + begin % period_;
+    const bool whole = count % Vec<T>::kLanes == 0;
+    if (period_ && whole) return buffer_ + begin % period_;
     const int64_t channel = begin % source_.channels;
-    if (source_.dtype == kDTypeOf<T> && source_.inner == 1 && source_.stride == 1 &&
-        count % Vec<T>::kLanes == 0 && channel + count <= source_.channels)
+    if (source_.dtype == kDTypeOf<T> && source_.inner == 1 && source_.stride == 1 && whole &&
+        channel + count <= source_.channels)
       return static_cast<const T*>(source_.data) + channel;
+    // Only the last tile of all is not whole, after which the laid out period may go.
     expand(begin, count);
     for (int i = count; i % Vec<T>::kLanes != 0; ++i) buffer_[i] = 0;
     return buffer_;

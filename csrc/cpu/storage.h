@@ -111,6 +111,11 @@ void write(const float* in, int count, S* p) {
   std::memcpy(p + i, rest, (count - i) * sizeof(S));
 }
 
+template <>
+inline void write(const float* in, int count, double* p) {
+  for (int k = 0; k < count; ++k) p[k] = in[k];
+}
+
 // In double the half types are rare: they take the road through float.
 template <class S>
 void read(const S* p, int count, double padding, double* out) {
@@ -126,7 +131,7 @@ void read(const S* p, int count, double padding, double* out) {
   for (int k = count; k % kDoubleLanes != 0; ++k) out[k] = padding;
 }
 template <>
-void read(const double* p, int count, double padding, double* out) {
+inline void read(const double* p, int count, double padding, double* out) {
   std::memcpy(out, p, count * sizeof(double));
   for (int k = count; k % Vec<double>::kLanes != 0; ++k) out[k] = padding;
 }
@@ -156,10 +161,10 @@ void write(const double* in, int count, S* p) {
   }
 }
 template <>
-void write(const double* in, int count, float* p) {
+inline void write(const double* in, int count, float* p) {
   for (int k = 0; k < count; ++k) p[k] = static_cast<float>(in[k]);
 }
 template <>
-void write(const double* in, int count, double* p) {
+inline void write(const double* in, int count, double* p) {
   std::memcpy(p, in, count * sizeof(double));
 }
