@@ -15,8 +15,9 @@ demo: $(built)  ## train on real data with torch's loss and with ours, then the 
 test: $(built)  ## all tests but those marked large
 	$(python) -m pytest
 
-bench: $(built)  ## measure ours beside eager, torch.compile and the memory's speed, and plot it
-	$(python) benchmarks/run.py --preset goals --output benchmarks/results
+bench: $(built)  ## measure ours beside eager, torch.compile and the memory, and plot it
+	$(python) benchmarks/run.py --preset goals
+	$(python) benchmarks/run.py
 	$(python) benchmarks/plot.py benchmarks/results
 
 lint: $(built)

@@ -55,7 +55,7 @@ def make_inputs(case: Case) -> Inputs:
     if case.mode == "fwd":
         return logits, target, None
     grad_loss = torch.ones_like(target) if case.reduction == "none" else None
-    return logits.requires_grad_(), target, grad_loss
+    return logits, target, grad_loss
 
 
 def make_weights(case: Case) -> dict[str, Tensor]:
@@ -70,7 +70,9 @@ def make_weights(case: Case) -> dict[str, Tensor]:
 
 
 def training_step(loss: torch.nn.Module, inputs: list[Inputs]) -> Step:
-    rotation = itertools.cycle(inputs)
+    # Leaves of its own: to free the gradient of another contender takes as long as its memory does.
+    leaves = [(logits.detach().clone().requires_grad_(), *rest) for logits, *rest in inputs]
+    rotation = itertools.cycle(leaves)
 
     def step():
         logits, target, grad_loss = next(rotation)

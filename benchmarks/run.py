@@ -110,8 +110,6 @@ def measure(case: Case, arguments: argparse.Namespace, facts: dict) -> dict[str,
         timings = time_alternating(steps, calls, case.device, arguments.repeats, arguments.seconds)
     rows = {}
     for name, step in steps.items():
-        for logits, _, _ in inputs:
-            logits.grad = None
         rows[name] = Row(
             **facts,
             **dataclasses.asdict(case),

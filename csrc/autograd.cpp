@@ -90,10 +90,9 @@ struct BCEWithLogitsFunction : torch::autograd::Function<BCEWithLogitsFunction> 
         {logits, target, weight.value_or(Tensor()), pos_weight.value_or(Tensor())});
     ctx->saved_data["reduction"] = reduction;
 
-    // Divided by N, a float16 gradient would underflow before the loss scale arrives in backward:
-    // it is computed there.
-    if (!logits.requires_grad() || reduction == at::Reduction::None ||
-        logits.scalar_type() == at::kHalf)
+    // A float16 gradient would underflow before the loss scale arrives in backward: it is computed
+    // there.
+    if (!logits.requires_grad() || logits.scalar_type() == at::kHalf)
       return call_loss(logits, target, weight, pos_weight, reduction, dtype);
 
     static const auto with_grad = op<LossAndGradSignature>("fused_bce::forward_with_grad");

@@ -52,9 +52,8 @@ struct Precision<float> {
   // log1p(e) on (0, 1] as e + e^2 Q(e): no division, and no digit lost for small e.
   template <class Real>
   static FUSED_BCE_INLINE Real log1p(Real e) {
-    const Real q =
-        polynomial(e, -0.499999873f, 0.333326897f, -0.249885786f, 0.198979289f, -0.161293241f,
-                   0.124670961f, -0.0830736998f, 0.0419810481f, -0.0136313331f, 0.00207291814f);
+    const Real q = polynomial(e, -0.499996479f, 0.33321322f, -0.248571582f, 0.191536332f,
+                              -0.137537556f, 0.0792039822f, -0.0300654513f, 0.00536473906f);
     return fma(e * e, q, e);
   }
 };

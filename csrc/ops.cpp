@@ -201,6 +201,12 @@ struct Call {
     return grad_logits;
   }
 
+  // In the dtype and the layout of the caller's logits, which the walk may not have had.
+  static Tensor finished(const Tensor& grad_logits, const Tensor& logits) {
+    const Tensor grad = grad_logits.to(logits.scalar_type());
+    return logits.is_non_overlapping_and_dense() ? along_walk(grad, logits) : grad.contiguous();
+  }
+
   void launch() {
 #if defined(FUSED_BCE_CUDA)
     if (anchor.is_cuda()) {
@@ -228,13 +234,12 @@ std::tuple<Tensor, Tensor> forward_with_grad(const Tensor& logits, const Tensor&
                                              const OptionalTensor& pos_weight, int64_t reduction,
                                              OptionalDtype dtype) {
   check_operands(logits, target, weight, pos_weight);
-  TORCH_CHECK_VALUE(reduction != at::Reduction::None,
-                    "forward_with_grad needs a reduced loss: reduction mean or sum");
-  Call call(logits, logits, target, weight, pos_weight, reduction);
+  const Tensor& anchor = reduction == at::Reduction::None ? target : logits;
+  Call call(anchor, logits, target, weight, pos_weight, reduction);
   Tensor loss = call.new_loss(dtype.value_or(target.scalar_type()));
   const Tensor grad_logits = call.new_grad_logits();
   call.launch();
-  return {std::move(loss), grad_logits.to(logits.scalar_type())};
+  return {std::move(loss), Call::finished(grad_logits, logits)};
 }
 
 Tensor backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
@@ -249,15 +254,19 @@ Tensor backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& tar
       broadcast_along("grad_loss", call.grad_loss, call.anchor, computes_in_double(call.problem));
   const Tensor grad_logits = call.new_grad_logits();
   call.launch();
-  return grad_logits.to(logits.scalar_type());
+  return Call::finished(grad_logits, logits);
 }
 
 void scale_(Tensor& grad_logits, const Tensor& grad_loss) {
+  if (grad_loss.dim() != 0) {
+    grad_logits.mul_(grad_loss);
+    return;
+  }
 #if defined(FUSED_BCE_CUDA)
   if (grad_logits.is_cuda()) {
-    TORCH_CHECK(grad_loss.device() == grad_logits.device() && grad_loss.numel() == 1 &&
-                    grad_logits.is_non_overlapping_and_dense(),
-                "scale_ needs a dense grad_logits and one number on its device");
+    TORCH_CHECK(
+        grad_loss.device() == grad_logits.device() && grad_logits.is_non_overlapping_and_dense(),
+        "scale_ needs a dense grad_logits, and grad_loss on its device");
     const c10::DeviceGuard device(grad_logits.device());
     return launch_cuda_scale(
         grad_logits.mutable_data_ptr(), dtype_of("grad_logits", grad_logits.scalar_type()),

@@ -25,7 +25,7 @@ using LossAndGradSignature = std::tuple<at::Tensor, at::Tensor>(const at::Tensor
 // grad_loss, logits, target, weight, pos_weight, reduction; returns the gradient of the logits.
 using GradSignature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                  const OptionalTensor&, const OptionalTensor&, int64_t);
-// grad_logits *= grad_loss
+// grad_logits *= grad_loss, one number or one for each element
 using ScaleSignature = void(at::Tensor&, const at::Tensor&);
 
 void register_ops();

@@ -86,8 +86,9 @@ void LargeBlockAllocator::free_block(void* context) {
   const Block block = *static_cast<Block*>(context);
   delete static_cast<Block*>(context);
   c10::profiledCPUMemoryReporter().Delete(block.data);
-  Block dropped = block;
-  if (madvise(block.data, block.bytes, MADV_FREE) == 0) dropped = the_allocator().keep(block);
+  const bool may_keep =
+      block.bytes <= kMarkedFree || madvise(block.data, block.bytes, MADV_FREE) == 0;
+  const Block dropped = may_keep ? the_allocator().keep(block) : block;
   if (dropped.data) munmap(dropped.data, dropped.bytes);
 }
 

@@ -2,6 +2,5 @@
 #define FUSED_BCE_ISA avx2
 #define FUSED_BCE_TARGET "avx2,fma,f16c"
 #define FUSED_BCE_VECTOR_BYTES 32
-#define FUSED_BCE_HAS_F16C 1
 #include "kernel_for_isa.h"
 #endif

@@ -1,8 +1,7 @@
 // The kernel for one instruction set. The including file defines
 //   FUSED_BCE_ISA           the namespace
 //   FUSED_BCE_TARGET        what the compiler may use beyond its baseline, if anything
-//   FUSED_BCE_VECTOR_BYTES  width of a register
-//   FUSED_BCE_HAS_F16C      1 if an instruction converts float16
+//   FUSED_BCE_VECTOR_BYTES  width of a register; beyond 16 an x86 processor with F16C
 //
 // The standard headers come before the target, so that nothing of the standard library is compiled
 // for more than the baseline: the linker might keep that copy for everyone.
@@ -13,7 +12,7 @@
 #include <limits>
 #include <type_traits>
 
-#if FUSED_BCE_HAS_F16C
+#if FUSED_BCE_VECTOR_BYTES > 16
 #include <immintrin.h>
 #endif
 

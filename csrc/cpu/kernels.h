@@ -8,21 +8,27 @@ constexpr int kTileBytes = 2048;
 template <class T>
 constexpr int kTile = kTileBytes / sizeof(T);
 
-// One tile of every operand; null where absent. n is a multiple of the vector width.
-template <class T>
+// One tile of every operand, logits and target as they are stored; null where absent. n is a
+// multiple of the vector width.
+template <class T, class L, class S>
 struct Tile {
   int n;
-  const T* logits;
-  const T* target;
+  const L* logits;
+  const S* target;
   const T* weight;
   const T* pos_weight;
   T* losses;
-  T* grad_logits;
+  L* grad_logits;
   T grad_scale;
 };
 
-// What a pass computes. kSum and kSumAndGrad return the sum of the losses.
-enum class Pass { kSum, kSumAndGrad, kLosses, kGrad };
+// What a pass computes: the sum of the losses or each of them, the gradient, or both.
+enum class Pass { kSum, kSumAndGrad, kLosses, kLossesAndGrad, kGrad };
+constexpr bool has_sum(Pass pass) { return pass == Pass::kSum || pass == Pass::kSumAndGrad; }
+constexpr bool has_losses(Pass pass) {
+  return pass == Pass::kLosses || pass == Pass::kLossesAndGrad;
+}
+constexpr bool has_grad(Pass pass) { return pass != Pass::kSum && pass != Pass::kLosses; }
 
 template <class T>
 double sum_of_lanes(const Vec<T>& x) {
@@ -31,29 +37,28 @@ double sum_of_lanes(const Vec<T>& x) {
   return sum;
 }
 
-template <class T, Pass kPass, bool kHasWeight, bool kHasPosWeight>
-double run_tile(const Tile<T>& tile) {
+template <Pass kPass, bool kHasWeight, bool kHasPosWeight, class T, class L, class S>
+double run_tile(const Tile<T, L, S>& tile) {
   using V = Vec<T>;
   // Several sums: short runs in T keep the rounding errors down, and the additions overlap.
   constexpr int kSums = 4;
   V sums[kSums] = {V(0), V(0), V(0), V(0)};
   // A copy, which no store can alias: it stays in registers.
-  const Tile<T> t = tile;
+  const Tile<T, L, S> t = tile;
   const V grad_scale(t.grad_scale);
 
   const auto step = [&](int i, V& sum) __attribute__((always_inline)) {
     const V pos_weight = kHasPosWeight ? V::load(t.pos_weight + i) : V(1);
     LossAndGrad<V> r =
-        bce_with_logits<kHasPosWeight>(V::load(t.logits + i), V::load(t.target + i), pos_weight);
+        bce_with_logits<kHasPosWeight>(widen(t.logits + i), widen(t.target + i), pos_weight);
     if (kHasWeight) {
       const V weight = V::load(t.weight + i);
       r.loss = r.loss * weight;
       r.grad = r.grad * weight;
     }
-    if (kPass == Pass::kSum || kPass == Pass::kSumAndGrad) sum = sum + r.loss;
-    if (kPass == Pass::kLosses) r.loss.store(t.losses + i);
-    if (kPass == Pass::kSumAndGrad || kPass == Pass::kGrad)
-      (r.grad * grad_scale).store(t.grad_logits + i);
+    if (has_sum(kPass)) sum = sum + r.loss;
+    if (has_losses(kPass)) r.loss.store(t.losses + i);
+    if (has_grad(kPass)) narrow(r.grad * grad_scale, t.grad_logits + i);
   };
   int i = 0;
   for (; i + kSums * V::kLanes <= t.n; i += kSums * V::kLanes)
@@ -65,22 +70,25 @@ double run_tile(const Tile<T>& tile) {
   return sum;
 }
 
-template <class T>
-using RunTile = double (*)(const Tile<T>&);
+template <class T, class L, class S>
+using RunTile = double (*)(const Tile<T, L, S>&);
 
-template <class T, Pass kPass>
-RunTile<T> choose_weights(const Problem& p) {
+template <Pass kPass, class T, class L, class S>
+RunTile<T, L, S> choose_weights(const Problem& p) {
   const bool weight = p.weight.data || p.grad_loss.data;
   if (p.pos_weight.data)
-    return weight ? run_tile<T, kPass, true, true> : run_tile<T, kPass, false, true>;
-  return weight ? run_tile<T, kPass, true, false> : run_tile<T, kPass, false, false>;
+    return weight ? run_tile<kPass, true, true, T, L, S> : run_tile<kPass, false, true, T, L, S>;
+  return weight ? run_tile<kPass, true, false, T, L, S> : run_tile<kPass, false, false, T, L, S>;
 }
 
-template <class T>
-RunTile<T> choose_pass(const Problem& p) {
-  if (!p.loss) return choose_weights<T, Pass::kGrad>(p);
-  if (p.reduction == Reduction::kNone) return choose_weights<T, Pass::kLosses>(p);
-  return p.grad_logits ? choose_weights<T, Pass::kSumAndGrad>(p) : choose_weights<T, Pass::kSum>(p);
+template <class T, class L, class S>
+RunTile<T, L, S> choose_pass(const Problem& p) {
+  if (!p.loss) return choose_weights<Pass::kGrad, T, L, S>(p);
+  if (p.reduction == Reduction::kNone)
+    return p.grad_logits ? choose_weights<Pass::kLossesAndGrad, T, L, S>(p)
+                         : choose_weights<Pass::kLosses, T, L, S>(p);
+  return p.grad_logits ? choose_weights<Pass::kSumAndGrad, T, L, S>(p)
+                       : choose_weights<Pass::kSum, T, L, S>(p);
 }
 
 template <class T>
@@ -112,26 +120,30 @@ void write_any(const T* in, int count, DType dtype, int64_t at, void* data) {
   }
 }
 
-template <class T>
-constexpr DType kDTypeOf = std::is_same_v<T, double> ? DType::kFloat64 : DType::kFloat32;
-
-// Reads a dense operand tile by tile: in place where the memory can be used as it is.
-template <class T>
+// Reads a dense operand tile by tile, for an arithmetic in T: in place where the memory can be used
+// as it is, else converted to S or filled up to whole vectors.
+template <class T, class S>
 class DenseReader {
  public:
-  DenseReader(Dense source, T padding) : source_(source), padding_(padding) {}
+  DenseReader(Dense source, S padding) : source_(source), padding_(padding) {}
 
-  const T* tile(int64_t begin, int count) {
-    if (source_.dtype == kDTypeOf<T> && count % Vec<T>::kLanes == 0)
-      return static_cast<const T*>(source_.data) + begin;
-    read_any(source_.data, source_.dtype, begin, count, padding_, buffer_);
+  const S* tile(int64_t begin, int count) {
+    const bool stored_as_s = source_.dtype == kDTypeOf<S>;
+    const S* const stored = static_cast<const S*>(source_.data) + begin;
+    if (stored_as_s && count % Vec<T>::kLanes == 0) return stored;
+    if constexpr (std::is_same_v<S, T>) {
+      read_any(source_.data, source_.dtype, begin, count, padding_, buffer_);
+    } else {
+      std::memcpy(buffer_, stored, count * sizeof(S));
+      for (int i = count; i % Vec<T>::kLanes != 0; ++i) buffer_[i] = padding_;
+    }
     return buffer_;
   }
 
  private:
   Dense source_;
-  T padding_;
-  alignas(kVectorBytes) T buffer_[kTile<T>];
+  S padding_;
+  alignas(kVectorBytes) S buffer_[kTile<T>];
 };
 
 // Reads a broadcast operand tile by tile. A short period is laid out once, two tiles long, and
@@ -168,27 +180,34 @@ class BroadcastReader {
     int64_t channel = begin / source_.inner % source_.channels;
     int64_t skipped = begin % source_.inner;
     for (int i = 0; i < count;) {
-      int run;
-      if (source_.inner == 1 && source_.stride == 1) {
-        run = static_cast<int>(std::min<int64_t>(source_.channels - channel, count - i));
-        read_any(source_.data, source_.dtype, channel, run, T(0), buffer_ + i);
-        channel += run;
+      const int64_t wanted = (skipped + count - i + source_.inner - 1) / source_.inner;
+      const int n = static_cast<int>(std::min(source_.channels - channel, wanted));
+      if (source_.inner == 1) {
+        read_channels(channel, n, buffer_ + i);
+        i += n;
       } else {
-        run = static_cast<int>(std::min<int64_t>(source_.inner - skipped, count - i));
-        T value[Vec<T>::kLanes] = {};
-        read_any(source_.data, source_.dtype, channel * source_.stride, 1, T(0), value);
-        std::fill_n(buffer_ + i, run, value[0]);
-        skipped = 0;
-        ++channel;
+        read_channels(channel, n, values_);
+        for (int k = 0; k < n; ++k, skipped = 0) {
+          const int run = static_cast<int>(std::min<int64_t>(source_.inner - skipped, count - i));
+          std::fill_n(buffer_ + i, run, values_[k]);
+          i += run;
+        }
       }
-      if (channel == source_.channels) channel = 0;
-      i += run;
+      channel = (channel + n) % source_.channels;
     }
+  }
+
+  // May write up to a vector beyond the n values.
+  void read_channels(int64_t channel, int n, T* out) {
+    if (source_.stride == 1) return read_any(source_.data, source_.dtype, channel, n, T(0), out);
+    for (int k = 0; k < n; ++k)
+      read_any(source_.data, source_.dtype, (channel + k) * source_.stride, 1, T(0), out + k);
   }
 
   Broadcast source_;
   int period_ = 0;
   alignas(kVectorBytes) T buffer_[2 * kTile<T>];
+  T values_[kTile<T> + Vec<T>::kLanes];
 };
 
 // The product of two factors, either of which may be absent.
@@ -199,42 +218,48 @@ const T* product(const T* a, const T* b, int count, T* out) {
   return out;
 }
 
-// Writes a dense result tile by tile: in place where the memory can be used as it is.
-template <class T>
+// Writes a dense result of S tile by tile: in place where the memory can be used as it is.
+template <class T, class S>
 class DenseWriter {
  public:
   DenseWriter(void* data, DType dtype) : data_(data), dtype_(dtype) {}
 
-  T* tile(int64_t begin, int count) {
-    in_place_ = data_ && dtype_ == kDTypeOf<T> && count % Vec<T>::kLanes == 0;
-    return in_place_ ? static_cast<T*>(data_) + begin : buffer_;
+  S* tile(int64_t begin, int count) {
+    in_place_ = data_ && dtype_ == kDTypeOf<S> && count % Vec<T>::kLanes == 0;
+    return in_place_ ? static_cast<S*>(data_) + begin : buffer_;
   }
   void finish(int64_t begin, int count) const {
-    if (data_ && !in_place_) write_any(buffer_, count, dtype_, begin, data_);
+    if (!data_ || in_place_) return;
+    if constexpr (std::is_same_v<S, T>)
+      write_any(buffer_, count, dtype_, begin, data_);
+    else
+      std::memcpy(static_cast<S*>(data_) + begin, buffer_, count * sizeof(S));
   }
 
  private:
   void* data_;
   DType dtype_;
   bool in_place_ = false;
-  alignas(kVectorBytes) T buffer_[kTile<T>];
+  alignas(kVectorBytes) S buffer_[kTile<T>];
 };
 
-template <class T>
+// T is the type of the arithmetic. L and S are those in which logits and target are read: their
+// own, or T, to which any other is converted tile by tile.
+template <class T, class L, class S>
 double run_range(const Problem& p, int64_t begin, int64_t end) {
-  const RunTile<T> run = choose_pass<T>(p);
+  const RunTile<T, L, S> run = choose_pass<T, L, S>(p);
   // Padding adds exactly nothing: the loss of (-inf, 0) is 0.
-  DenseReader<T> logits(p.logits, -std::numeric_limits<T>::infinity());
-  DenseReader<T> target(p.target, T(0));
+  DenseReader<T, L> logits(p.logits, kMinusInfinity<L>);
+  DenseReader<T, S> target(p.target, S{});
   BroadcastReader<T> weight(p.weight), pos_weight(p.pos_weight), grad_loss(p.grad_loss);
-  DenseWriter<T> losses(p.reduction == Reduction::kNone ? p.loss : nullptr, p.loss_dtype);
-  DenseWriter<T> grad_logits(p.grad_logits, p.logits.dtype);
+  DenseWriter<T, T> losses(p.reduction == Reduction::kNone ? p.loss : nullptr, p.loss_dtype);
+  DenseWriter<T, L> grad_logits(p.grad_logits, p.logits.dtype);
   alignas(kVectorBytes) T factors[kTile<T>];
 
   double sum = 0;
   for (int64_t i = begin; i < end; i += kTile<T>) {
     const int count = static_cast<int>(std::min<int64_t>(kTile<T>, end - i));
-    Tile<T> tile;
+    Tile<T, L, S> tile;
     tile.n = (count + Vec<T>::kLanes - 1) / Vec<T>::kLanes * Vec<T>::kLanes;
     tile.logits = logits.tile(i, count);
     tile.target = target.tile(i, count);
@@ -250,6 +275,18 @@ double run_range(const Problem& p, int64_t begin, int64_t end) {
   return sum;
 }
 
+// The pairs that are common have loops of their own.
 double run(const Problem& p, int64_t begin, int64_t end) {
-  return computes_in_double(p) ? run_range<double>(p, begin, end) : run_range<float>(p, begin, end);
+  const auto are = [&](DType logits, DType target) {
+    return p.logits.dtype == logits && p.target.dtype == target;
+  };
+  if (computes_in_double(p)) return run_range<double, double, double>(p, begin, end);
+  if (are(DType::kBFloat16, DType::kBFloat16))
+    return run_range<float, BFloat16, BFloat16>(p, begin, end);
+  if (are(DType::kBFloat16, DType::kFloat32))
+    return run_range<float, BFloat16, float>(p, begin, end);
+  if (are(DType::kFloat16, DType::kFloat16))
+    return run_range<float, Float16, Float16>(p, begin, end);
+  if (are(DType::kFloat16, DType::kFloat32)) return run_range<float, Float16, float>(p, begin, end);
+  return run_range<float, float, float>(p, begin, end);
 }

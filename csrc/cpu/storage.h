@@ -11,21 +11,56 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+template <class S>
+constexpr DType kDTypeOf = DType::kFloat32;
+template <>
+constexpr DType kDTypeOf<Float16> = DType::kFloat16;
+template <>
+constexpr DType kDTypeOf<BFloat16> = DType::kBFloat16;
+template <>
+constexpr DType kDTypeOf<double> = DType::kFloat64;
+
+template <class S>
+constexpr S kMinusInfinity = -std::numeric_limits<S>::infinity();
+template <>
+constexpr Float16 kMinusInfinity<Float16> = {0xfc00};
+template <>
+constexpr BFloat16 kMinusInfinity<BFloat16> = {0xff80};
+
 using FloatVec = Vec<float>;
 using Bits32 = FloatVec::Mask;
 typedef uint32_t Unsigned32 __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
 
+// 16 bits of storage to and from the low half of 32. Intrinsics where the generic conversion
+// compiles to twice the instructions.
+#if FUSED_BCE_VECTOR_BYTES == 64
+FUSED_BCE_INLINE Unsigned32 load_bits16(const void* p) {
+  return (Unsigned32)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)p));
+}
+FUSED_BCE_INLINE void store_bits16(Unsigned32 bits, void* p) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)bits));
+}
+#elif FUSED_BCE_VECTOR_BYTES == 32
+FUSED_BCE_INLINE Unsigned32 load_bits16(const void* p) {
+  return (Unsigned32)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+}
+FUSED_BCE_INLINE void store_bits16(Unsigned32 bits, void* p) {
+  const __m128i low = _mm256_castsi256_si128((__m256i)bits);
+  const __m128i high = _mm256_extracti128_si256((__m256i)bits, 1);
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(low, high));
+}
+#else
 FUSED_BCE_INLINE Unsigned32 load_bits16(const void* p) {
   Bits16 half;
   std::memcpy(&half, p, sizeof half);
   return __builtin_convertvector(half, Unsigned32);
 }
-
 FUSED_BCE_INLINE void store_bits16(Unsigned32 bits, void* p) {
   const Bits16 half = __builtin_convertvector(bits, Bits16);
   std::memcpy(p, &half, sizeof half);
 }
+#endif
 
 FUSED_BCE_INLINE FloatVec widen(const BFloat16* p) {
   return (FloatVec::Native)(load_bits16(p) << 16);
@@ -38,22 +73,20 @@ FUSED_BCE_INLINE void narrow(FloatVec x, BFloat16* p) {
   store_bits16(x.v != x.v ? quiet_nan : rounded, p);
 }
 
-#if FUSED_BCE_HAS_F16C
+#if FUSED_BCE_VECTOR_BYTES == 64
 FUSED_BCE_INLINE FloatVec widen(const Float16* p) {
-#if FUSED_BCE_VECTOR_BYTES == 64
   return (FloatVec::Native)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p));
-#else
-  return (FloatVec::Native)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-#endif
 }
-
 FUSED_BCE_INLINE void narrow(FloatVec x, Float16* p) {
-#if FUSED_BCE_VECTOR_BYTES == 64
-  const __m256i half = _mm512_maskz_cvtps_ph(0xffff, (__m512)x.v, _MM_FROUND_TO_NEAREST_INT);
-#else
-  const __m128i half = _mm256_cvtps_ph((__m256)x.v, _MM_FROUND_TO_NEAREST_INT);
-#endif
-  std::memcpy(p, &half, sizeof half);
+  _mm256_storeu_si256((__m256i*)p,
+                      _mm512_maskz_cvtps_ph(0xffff, (__m512)x.v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif FUSED_BCE_VECTOR_BYTES == 32
+FUSED_BCE_INLINE FloatVec widen(const Float16* p) {
+  return (FloatVec::Native)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+}
+FUSED_BCE_INLINE void narrow(FloatVec x, Float16* p) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x.v, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
 FUSED_BCE_INLINE FloatVec widen(const Float16* p) {
@@ -83,8 +116,14 @@ FUSED_BCE_INLINE void narrow(FloatVec x, Float16* p) {
 }
 #endif
 
-FUSED_BCE_INLINE FloatVec widen(const float* p) { return FloatVec::load(p); }
-FUSED_BCE_INLINE void narrow(FloatVec x, float* p) { x.store(p); }
+template <class T>
+FUSED_BCE_INLINE Vec<T> widen(const T* p) {
+  return Vec<T>::load(p);
+}
+template <class T>
+FUSED_BCE_INLINE void narrow(Vec<T> x, T* p) {
+  x.store(p);
+}
 
 // `count` numbers of storage S as numbers of type T. out has room for the last vector, which is
 // filled up with `padding`.
