@@ -18,7 +18,7 @@ test: $(built)  ## all tests but those marked large
 bench: $(built)  ## measure ours beside eager, torch.compile and the memory, and plot it
 	$(python) benchmarks/run.py --preset goals
 	$(python) benchmarks/run.py
-	$(python) benchmarks/plot.py benchmarks/results
+	$(python) benchmarks/plot.py benchmarks/results/cpu-ladder.csv
 
 lint: $(built)
 	$(VENV)/bin/ruff format --check .

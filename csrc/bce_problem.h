@@ -49,6 +49,21 @@ inline bool computes_in_double(const Problem& p) {
   return p.logits.dtype == DType::kFloat64 || p.target.dtype == DType::kFloat64;
 }
 
+// What a pass over the operands computes: the sum of the losses or each of them, the gradient, or
+// both.
+enum class Pass { kSum, kSumAndGrad, kLosses, kLossesAndGrad, kGrad };
+constexpr bool has_sum(Pass pass) { return pass == Pass::kSum || pass == Pass::kSumAndGrad; }
+constexpr bool has_losses(Pass pass) {
+  return pass == Pass::kLosses || pass == Pass::kLossesAndGrad;
+}
+constexpr bool has_grad(Pass pass) { return pass != Pass::kSum && pass != Pass::kLosses; }
+
+inline Pass pass_of(const Problem& p) {
+  if (!p.loss) return Pass::kGrad;
+  if (p.reduction == Reduction::kNone) return p.grad_logits ? Pass::kLossesAndGrad : Pass::kLosses;
+  return p.grad_logits ? Pass::kSumAndGrad : Pass::kSum;
+}
+
 // Bit-identical results for any number of threads.
 void launch_cpu(const Problem& problem);
 

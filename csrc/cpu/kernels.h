@@ -22,14 +22,6 @@ struct Tile {
   T grad_scale;
 };
 
-// What a pass computes: the sum of the losses or each of them, the gradient, or both.
-enum class Pass { kSum, kSumAndGrad, kLosses, kLossesAndGrad, kGrad };
-constexpr bool has_sum(Pass pass) { return pass == Pass::kSum || pass == Pass::kSumAndGrad; }
-constexpr bool has_losses(Pass pass) {
-  return pass == Pass::kLosses || pass == Pass::kLossesAndGrad;
-}
-constexpr bool has_grad(Pass pass) { return pass != Pass::kSum && pass != Pass::kLosses; }
-
 template <class T>
 double sum_of_lanes(const Vec<T>& x) {
   double sum = 0;
@@ -83,12 +75,19 @@ RunTile<T, L, S> choose_weights(const Problem& p) {
 
 template <class T, class L, class S>
 RunTile<T, L, S> choose_pass(const Problem& p) {
-  if (!p.loss) return choose_weights<Pass::kGrad, T, L, S>(p);
-  if (p.reduction == Reduction::kNone)
-    return p.grad_logits ? choose_weights<Pass::kLossesAndGrad, T, L, S>(p)
-                         : choose_weights<Pass::kLosses, T, L, S>(p);
-  return p.grad_logits ? choose_weights<Pass::kSumAndGrad, T, L, S>(p)
-                       : choose_weights<Pass::kSum, T, L, S>(p);
+  switch (pass_of(p)) {
+    case Pass::kSum:
+      return choose_weights<Pass::kSum, T, L, S>(p);
+    case Pass::kSumAndGrad:
+      return choose_weights<Pass::kSumAndGrad, T, L, S>(p);
+    case Pass::kLosses:
+      return choose_weights<Pass::kLosses, T, L, S>(p);
+    case Pass::kLossesAndGrad:
+      return choose_weights<Pass::kLossesAndGrad, T, L, S>(p);
+    case Pass::kGrad:
+      break;
+  }
+  return choose_weights<Pass::kGrad, T, L, S>(p);
 }
 
 template <class T>
@@ -252,7 +251,7 @@ double run_range(const Problem& p, int64_t begin, int64_t end) {
   DenseReader<T, L> logits(p.logits, kMinusInfinity<L>);
   DenseReader<T, S> target(p.target, S{});
   BroadcastReader<T> weight(p.weight), pos_weight(p.pos_weight), grad_loss(p.grad_loss);
-  DenseWriter<T, T> losses(p.reduction == Reduction::kNone ? p.loss : nullptr, p.loss_dtype);
+  DenseWriter<T, T> losses(has_losses(pass_of(p)) ? p.loss : nullptr, p.loss_dtype);
   DenseWriter<T, L> grad_logits(p.grad_logits, p.logits.dtype);
   alignas(kVectorBytes) T factors[kTile<T>];
 
