@@ -6,7 +6,7 @@ VENV ?= .venv
 python := $(VENV)/bin/python
 built := $(VENV)/.built
 
-.PHONY: demo test bench lint
+.PHONY: demo test bench lint gpu
 
 demo: $(built)  ## train on real data with torch's loss and with ours, then the tutorial's listings
 	$(python) examples/train_digits.py --output demo-output
@@ -15,15 +15,18 @@ demo: $(built)  ## train on real data with torch's loss and with ours, then the 
 test: $(built)  ## all tests but those marked large
 	$(python) -m pytest
 
-bench: $(built)  ## measure ours beside eager, torch.compile and the memory, and plot it
-	$(python) benchmarks/run.py --preset goals
-	$(python) benchmarks/run.py
+bench: $(built)  ## measure on the CPU ours beside eager, torch.compile and the memory, and plot it
+	$(python) benchmarks/run.py --device cpu --preset goals
+	$(python) benchmarks/run.py --device cpu
 	$(python) benchmarks/plot.py benchmarks/results/cpu-ladder.csv
 
 lint: $(built)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+gpu:  ## on a machine with a GPU, with the python3 at hand: build, test, sanitize, measure
+	bash .ci/gpu
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

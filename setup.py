@@ -77,7 +77,7 @@ def extension():
     archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
     options["sources"] += sources("cuda", ".cu")
     options["extra_compile_args"]["cxx"].append(f'-DFUSED_BCE_CUDA="{archs}"')
-    options["extra_compile_args"]["nvcc"] = ["-O3", "--expt-relaxed-constexpr", "-Xptxas=-v"]
+    options["extra_compile_args"]["nvcc"] = ["-O3", "--expt-relaxed-constexpr"]
     return cpp_extension.CUDAExtension(**options)
 
 

@@ -9,6 +9,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 REDUCTIONS = ("mean", "sum", "none")
 WEIGHTS = ("none", "pos_weight", "weight", "both")
 MODES = ("fwd", "fwd+bwd")
+NON_LEAF = "fwd+bwd non-leaf"
 
 
 @dataclass(frozen=True)

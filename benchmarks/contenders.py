@@ -3,21 +3,24 @@
 import itertools
 import math
 import sys
-from collections.abc import Callable
 
 import torch
-from cases import Case
+from cases import NON_LEAF, Case
+from limits import copy_step, stream_step
+from timing import Step
 from torch import Tensor
 
 import fused_bce
 
-Step = Callable[[], object]
 Inputs = tuple[Tensor, Tensor, Tensor | None]
 
 # More than any L2: on the GPU the inputs rotate through this much, so that each call finds them
 # in memory. The limit on the copies is for small cases, which launches dominate anyhow.
 ROTATED_BYTES = 100e6
 MOST_COPIES = 256
+
+# What a graph saves is launches, and a larger call is more than those.
+LARGEST_GRAPHED = 2**16
 
 
 def copies_of_inputs(case: Case) -> int:
@@ -26,25 +29,42 @@ def copies_of_inputs(case: Case) -> int:
     return min(math.ceil(ROTATED_BYTES / (case.bytes_per_element * case.numel)), MOST_COPIES)
 
 
-def make_steps(case: Case, inputs: list[Inputs], with_compile: bool) -> dict[str, Step]:
-    """The contenders by name, all with these inputs."""
+def make_losses(case: Case, inputs: Inputs, with_compile: bool) -> dict[str, torch.nn.Module]:
+    """The losses by the name of their contender."""
     options = {**make_weights(case), "reduction": case.reduction}
     fused = fused_bce.BCEWithLogitsLoss(**options)
     eager = torch.nn.BCEWithLogitsLoss(**options)
-    reason = fused_bce.why_not_fused(*inputs[0][:2], fused.weight, fused.pos_weight)
+    reason = fused_bce.why_not_fused(*inputs[:2], fused.weight, fused.pos_weight)
     if reason is not None:
         sys.exit(f"There is nothing to measure, fused_bce would call torch's loss: {reason}")
 
-    make_step = forward_step if case.mode == "fwd" else training_step
-    steps = {"fused": make_step(fused, inputs), "eager": make_step(eager, inputs)}
+    losses = {"fused": fused, "eager": eager}
     if with_compile:
         # Without the reset the sizes of one run reach the limit of recompilations, after which
         # torch.compile quietly runs eager code.
         torch.compiler.reset()
-        compiled = torch.compile(eager, dynamic=False, fullgraph=True)
-        steps["compile"] = make_step(compiled, inputs)
+        losses["compile"] = torch.compile(eager, dynamic=False, fullgraph=True)
+    return losses
+
+
+def make_steps(
+    case: Case, losses: dict[str, torch.nn.Module], inputs: list[Inputs], with_graph: bool
+) -> dict[str, Step]:
+    """The contenders by name, all with these inputs."""
+    steps = {name: loss_step(case, loss, inputs) for name, loss in losses.items()}
+    if with_graph and case.numel <= LARGEST_GRAPHED:
+        for name in ("fused", "eager"):
+            steps[f"{name} graph"] = GraphStep(loss_step(case, losses[name], inputs[:1]))
     steps["stream"] = stream_step(case, len(inputs))
+    if case.device == "cuda":
+        steps["copy"] = copy_step(case.numel, case.device)
     return steps
+
+
+def loss_step(case: Case, loss: torch.nn.Module, inputs: list[Inputs]) -> Step:
+    if case.mode == "fwd":
+        return forward_step(loss, inputs)
+    return training_step(loss, inputs, with_leaf=case.mode != NON_LEAF)
 
 
 def make_inputs(case: Case) -> Inputs:
@@ -69,14 +89,16 @@ def make_weights(case: Case) -> dict[str, Tensor]:
     return weights
 
 
-def training_step(loss: torch.nn.Module, inputs: list[Inputs]) -> Step:
+def training_step(loss: torch.nn.Module, inputs: list[Inputs], with_leaf: bool) -> Step:
     # Leaves of its own: to free the gradient of another contender takes as long as its memory does.
     leaves = [(logits.detach().clone().requires_grad_(), *rest) for logits, *rest in inputs]
     rotation = itertools.cycle(leaves)
 
     def step():
-        logits, target, grad_loss = next(rotation)
-        logits.grad = None
+        leaf, target, grad_loss = next(rotation)
+        leaf.grad = None
+        # A view adds a node to the graph and no work on memory, in forward or backward.
+        logits = leaf if with_leaf else leaf.view_as(leaf)
         loss(logits, target).backward(grad_loss)
 
     return step
@@ -92,45 +114,23 @@ def forward_step(loss: torch.nn.Module, inputs: list[Inputs]) -> Step:
     return step
 
 
-def stream_step(case: Case, copies: int) -> Step:
-    """The passes that the case needs, each as a memory-bound operation on as many bytes.
+class GraphStep:
+    """A step captured as a CUDA graph, to be replayed. Its inputs do not rotate."""
 
-    For float32: torch.dot for the forward pass of mean and sum, torch.add for their single pass of
-    forward and backward, torch.add and then torch.addcmul for the two passes of "none". The other
-    dtypes move their bytes as float32 as well, so that no conversion is timed; float16, whose
-    gradient takes a second pass, gets torch.dot and then torch.add.
-    """
-    rotation = itertools.cycle(
-        [
-            [stream_pass(r * case.numel, w * case.numel, case.device) for r, w in case.passes]
-            for _ in range(copies)
-        ]
-    )
+    def __init__(self, step: Step):
+        # Holds the tensors that the graph reads.
+        self.step = step
+        # A first call initialises what must not be captured. It has a stream of its own, for a
+        # capture must not depend on work of the default stream.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            step()
 
-    def step():
-        for stream in next(rotation):
-            stream()
-
-    return step
-
-
-def stream_pass(read: int, written: int, device: str) -> Step:
-    """Reads and writes so many bytes, with as good as no arithmetic."""
-
-    def buffer(size: float) -> Tensor:
-        return torch.rand(math.ceil(size / torch.float32.itemsize), device=device)
-
-    operands = min(3, read // written) if written else 0
-    left = read - operands * written
-    calls = []
-    if operands:
-        operation = {1: torch.neg, 2: torch.add, 3: torch.addcmul}[operands]
-        arguments, out = [buffer(written) for _ in range(operands)], buffer(written)
-        calls.append(lambda: operation(*arguments, out=out))
-    # What does not fit beside the written bytes is only read.
-    if left:
-        a, b = buffer(left / 2), buffer(left / 2)
-        calls.append(lambda: torch.dot(a, b))
-    if len(calls) == 1:
-        return calls[0]
-    return lambda: [call() for call in calls]
+    def __call__(self) -> None:
+        self.graph.replay()

@@ -1,4 +1,4 @@
-"""The goals for the CPU: which cases they need, and whether the measured rows meet them."""
+"""What a goal is: a case, what is measured in it, and its bound."""
 
 from dataclasses import dataclass
 
@@ -6,16 +6,17 @@ import torch
 from cases import Case
 from results import Row
 
-SMALL_SIZES = (1, 16, 64, 128, 640)
 PEAK = "peak / logits"
+SHARE_OF_COPY = "% of copy"
+WALL = " on the wall clock"
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A bound on a quotient of two contenders' times, or on the peak memory of the fused loss."""
+    """A bound on a quotient of two contenders' times, or on another measure of the fused loss."""
 
     case: Case
-    measure: str  # "eager / fused" and the like, or PEAK
+    measure: str  # "eager / fused" and the like, with or without WALL; PEAK or SHARE_OF_COPY
     bound: str  # ">=" or "<="
     value: float
     stretch: float | None = None
@@ -24,9 +25,13 @@ class Goal:
         """The value in these rows, one for each contender; None if they do not tell."""
         if self.measure == PEAK:
             return peak_multiple(rows["fused"])
-        above, below = self.measure.split(" / ")
+        if self.measure == SHARE_OF_COPY:
+            return share_of_copy(rows)
+        above, below = self.measure.removesuffix(WALL).split(" / ")
         if above not in rows or below not in rows:
             return None
+        if self.measure.endswith(WALL):
+            return rows[above].wall_seconds / rows[below].wall_seconds
         return rows[above].median_seconds / rows[below].median_seconds
 
     def is_met(self, measured: float, stretch: bool = False) -> bool:
@@ -44,60 +49,21 @@ def peak_multiple(row: Row) -> float | None:
     return round(row.peak_bytes / (row.numel * getattr(torch, row.dtype).itemsize), 2)
 
 
-def cpu_case(
+def share_of_copy(rows: dict[str, Row]) -> float | None:
+    """The bandwidth of the fused loss in percent of the copy's."""
+    if "copy" not in rows:
+        return None
+    return 100 * rows["fused"].bandwidth / rows["copy"].bandwidth
+
+
+def goal_case(
+    device: str,
     numel: int,
     mode: str = "fwd+bwd",
     dtype: str = "float32",
+    target_dtype: str | None = None,
     reduction: str = "mean",
     weights: str = "none",
 ) -> Case:
-    return Case(numel, "cpu", mode, dtype, dtype, reduction, weights)
-
-
-def cpu_goals() -> list[Goal]:
-    return [*plain_goals(), *forward_goals(), *variant_goals(), *small_goals()]
-
-
-def plain_goals() -> list[Goal]:
-    goals = []
-    for numel, eager, compiled in [(2**20, 6, 4.5), (2**24, 10, 4), (2**26, 10, 4)]:
-        case = cpu_case(numel)
-        goals += [Goal(case, "eager / fused", ">=", eager)]
-        goals += [Goal(case, "compile / fused", ">=", compiled)]
-        if numel > 2**20:
-            goals += [Goal(case, "fused / stream", "<=", 1.6)]
-        goals += [Goal(case, PEAK, "<=", 1)]
-    return goals
-
-
-def forward_goals() -> list[Goal]:
-    medium, large = cpu_case(2**20, mode="fwd"), cpu_case(2**24, mode="fwd")
-    return [
-        Goal(medium, "eager / fused", ">=", 5),
-        Goal(large, "eager / fused", ">=", 12),
-        Goal(large, "fused / stream", "<=", 1.5),
-    ]
-
-
-def variant_goals() -> list[Goal]:
-    variants = [
-        ({"weights": "pos_weight"}, 2.5),
-        ({"weights": "weight"}, 2.5),
-        ({"reduction": "none"}, 2),
-        ({"dtype": "bfloat16"}, 2.5),
-        ({"dtype": "float16"}, 2.5),
-        ({"dtype": "float64"}, 2),
-    ]
-    goals = []
-    for options, compiled in variants:
-        for numel in (2**20, 2**24):
-            case = cpu_case(numel, **options)
-            goals += [Goal(case, "eager / fused", ">=", 4)]
-            goals += [Goal(case, "compile / fused", ">=", compiled)]
-    return goals
-
-
-def small_goals() -> list[Goal]:
-    return [
-        Goal(cpu_case(numel), "fused / eager", "<=", 0.85, stretch=0.7) for numel in SMALL_SIZES
-    ]
+    """The plain training step, but for what is given."""
+    return Case(numel, device, mode, dtype, target_dtype or dtype, reduction, weights)

@@ -4,6 +4,7 @@ python benchmarks/plot.py benchmarks/results/cpu-ladder.csv
 """
 
 import argparse
+import re
 import textwrap
 from pathlib import Path
 
@@ -15,6 +16,8 @@ STYLES = {
     "eager": {"color": "tab:orange", "marker": "s"},
     "compile": {"color": "tab:green", "marker": "^"},
     "fused": {"color": "tab:blue", "marker": "o"},
+    "eager graph": {"color": "tab:orange", "marker": "s", "linestyle": ":"},
+    "fused graph": {"color": "tab:blue", "marker": "o", "linestyle": ":"},
     "stream": {"color": "black", "linestyle": "--", "label": "stream (the limit)"},
 }
 
@@ -43,16 +46,21 @@ def plot_file(csv: Path) -> None:
 
 
 def group_lines(rows: list[Row]) -> dict[str, dict[str, Line]]:
-    """By kind of call, then by contender; of rows for the same size the last one counts."""
+    """By kind of call, then by contender; of rows for the same size the last one counts.
+
+    Without the copy, which moves other bytes than the case.
+    """
     groups: dict[str, dict[str, Line]] = {}
     for row in rows:
+        if row.contender not in STYLES:
+            continue
         lines = groups.setdefault(group_name(row), {})
         lines.setdefault(row.contender, {})[row.numel] = row
     return groups
 
 
 def group_name(row: Row) -> str:
-    parts = [row.device, row.mode.replace("+", "-"), row.dtype, row.reduction]
+    parts = [row.device, re.sub(r"\W", "-", row.mode), row.dtype, row.reduction]
     if row.target_dtype != row.dtype:
         parts.insert(3, f"{row.target_dtype}-targets")
     if row.weights != "none":

@@ -1,6 +1,7 @@
 """The CSV: one Row, its reader and its writer."""
 
 import csv
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -39,8 +40,21 @@ class Row:
     def is_disturbed(self) -> bool:
         return self.other_load is not None and self.other_load > TOLERABLE_LOAD
 
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second."""
+        return self.bytes_per_element * self.numel / self.median_seconds
+
 
 HEADER = [field.name for field in fields(Row)]
+
+
+def file_name(device: str, device_name: str, date: str, content: str) -> str:
+    """One file for the CPU, renewed by each run; for GPUs, one for each model and day."""
+    if device == "cpu":
+        return f"cpu-{content}.csv"
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
+    return f"{slug}-{content}-{date[:10]}.csv"
 
 
 def read_rows(path: Path) -> list[Row]:

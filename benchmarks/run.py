@@ -1,7 +1,7 @@
 """Times the fused loss against torch's, eager and compiled, and against the memory.
 
     python benchmarks/run.py                     a ladder of sizes, with and without backward
-    python benchmarks/run.py --preset goals      the goals for the CPU: met or missed
+    python benchmarks/run.py --preset goals      the goals for the device: met or missed
 
 See benchmarks/README.md.
 """
@@ -15,10 +15,13 @@ from pathlib import Path
 
 import machine
 import torch
-from cases import DTYPES, MODES, REDUCTIONS, WEIGHTS, Case
-from contenders import copies_of_inputs, make_inputs, make_steps
-from goals import Goal, cpu_goals
-from results import Row, append_rows, start_file
+from cases import DTYPES, MODES, NON_LEAF, REDUCTIONS, WEIGHTS, Case
+from contenders import copies_of_inputs, loss_step, make_inputs, make_losses, make_steps
+from goals import Goal
+from goals_cpu import cpu_goals
+from goals_cuda import cases_without_goals, cuda_goals
+from limits import copied_per_element
+from results import Row, append_rows, file_name, start_file
 from rich.console import Console
 from tables import LEGEND, Measured, goals_table, size_text, times_table
 from timing import calls_per_sample, peak_bytes, time_alternating
@@ -47,19 +50,20 @@ def parse_arguments() -> argparse.Namespace:
     add("--target-dtype", choices=DTYPES, help="default: that of the logits")
     add("--reduction", nargs="+", choices=REDUCTIONS, help="default: mean")
     add("--weights", nargs="+", choices=WEIGHTS, help="per column, per row, or both; default: none")
+    add("--non-leaf", action="store_true", help="backward goes on through a view, to the leaf")
+    add("--graph", action="store_true", help="time CUDA graphs too, up to N = 2^16")
     add("--repeats", type=int, default=7, help="rounds at least, for each case (7)")
     add("--seconds", type=float, default=2, help="more rounds while these last (2)")
     add("--no-compile", action="store_true", help="leave torch.compile out")
     add("--output", type=Path, default=RESULTS, help="a CSV file, or a folder (benchmarks/results)")
     add("--append", action="store_true", help="add to the CSV file, in place of a new one")
     arguments = parser.parse_args()
-    if arguments.preset == "goals" and arguments.device == "cuda":
-        parser.error("the goals are for the CPU")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device")
     if arguments.device is None:
-        on_cpu = arguments.preset == "goals" or not torch.cuda.is_available()
-        arguments.device = "cpu" if on_cpu else "cuda"
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.graph and arguments.device == "cpu":
+        parser.error("--graph needs --device cuda: CUDA graphs replay what runs on a GPU")
     return arguments
 
 
@@ -72,7 +76,7 @@ def ladder_cases(arguments: argparse.Namespace) -> list[Case]:
         arguments.weights or ["none"],
         arguments.sizes or SIZES,
     )
-    return [
+    cases = [
         Case(
             numel=numel,
             device=arguments.device,
@@ -84,42 +88,70 @@ def ladder_cases(arguments: argparse.Namespace) -> list[Case]:
         )
         for mode, dtype, reduction, weights, numel in combinations
     ]
+    return [with_logits(case, arguments) for case in cases]
 
 
-def selected_goals(arguments: argparse.Namespace) -> list[Goal]:
-    def is_selected(case: Case) -> bool:
-        return (
-            case.numel in (arguments.sizes or [case.numel])
-            and case.mode in (arguments.mode or MODES)
-            and case.dtype in (arguments.dtype or DTYPES)
-            and case.target_dtype == (arguments.target_dtype or case.target_dtype)
-            and case.reduction in (arguments.reduction or REDUCTIONS)
-            and case.weights in (arguments.weights or WEIGHTS)
-        )
+def is_selected(case: Case, arguments: argparse.Namespace) -> bool:
+    return (
+        case.numel in (arguments.sizes or [case.numel])
+        and case.mode in (arguments.mode or MODES)
+        and case.dtype in (arguments.dtype or DTYPES)
+        and case.target_dtype == (arguments.target_dtype or case.target_dtype)
+        and case.reduction in (arguments.reduction or REDUCTIONS)
+        and case.weights in (arguments.weights or WEIGHTS)
+    )
 
-    return [goal for goal in cpu_goals() if is_selected(goal.case)]
+
+def preset_goals(arguments: argparse.Namespace) -> list[Goal]:
+    goals = cuda_goals() if arguments.device == "cuda" else cpu_goals()
+    return [
+        dataclasses.replace(goal, case=with_logits(goal.case, arguments))
+        for goal in goals
+        if is_selected(goal.case, arguments)
+    ]
+
+
+def preset_cases(goals: list[Goal], arguments: argparse.Namespace) -> list[Case]:
+    others = cases_without_goals() if arguments.device == "cuda" else []
+    others = [with_logits(case, arguments) for case in others if is_selected(case, arguments)]
+    # Several goals share a case.
+    return list(dict.fromkeys([*(goal.case for goal in goals), *others]))
+
+
+def with_logits(case: Case, arguments: argparse.Namespace) -> Case:
+    """The case with the kind of logits that is asked for; without backward there is only one."""
+    if arguments.non_leaf and case.mode == "fwd+bwd":
+        return dataclasses.replace(case, mode=NON_LEAF)
+    return case
 
 
 def measure(case: Case, arguments: argparse.Namespace, facts: dict) -> dict[str, Row]:
     """One row for each contender."""
     torch.manual_seed(0)
     inputs = [make_inputs(case) for _ in range(copies_of_inputs(case))]
-    steps = make_steps(case, inputs, with_compile=not arguments.no_compile)
+    losses = make_losses(case, inputs[0], with_compile=not arguments.no_compile)
+    steps = make_steps(case, losses, inputs, with_graph=arguments.graph)
     calls = calls_per_sample(steps, case.device)
     with machine.OtherLoad() as others:
         timings = time_alternating(steps, calls, case.device, arguments.repeats, arguments.seconds)
+    peaks = {
+        name: peak_bytes(loss_step(case, loss, inputs[:1]), case.device)
+        for name, loss in losses.items()
+    }
+    bytes_per_element = dict.fromkeys(steps, case.bytes_per_element)
+    bytes_per_element["copy"] = 2 * copied_per_element(case.numel)
     rows = {}
-    for name, step in steps.items():
+    for name in steps:
         rows[name] = Row(
             **facts,
             **dataclasses.asdict(case),
             contender=name,
-            bytes_per_element=case.bytes_per_element,
+            bytes_per_element=bytes_per_element[name],
             median_seconds=timings[name].median,
             iqr_seconds=timings[name].iqr,
             wall_seconds=timings[name].wall_median,
-            # The stream allocates nothing.
-            peak_bytes=None if name == "stream" else peak_bytes(step, case.device),
+            # Only for the losses: the others allocate nothing, or from the pool of their graph.
+            peak_bytes=peaks.get(name),
             other_load=others.processors,
         )
     return rows
@@ -127,11 +159,12 @@ def measure(case: Case, arguments: argparse.Namespace, facts: dict) -> dict[str,
 
 def measure_all(cases: list[Case], arguments: argparse.Namespace, console: Console) -> Measured:
     """Prints a table and extends the CSV file as the cases are done."""
+    facts = {**machine.facts(arguments.device), "command": shlex.join(["python", *sys.argv])}
     path = arguments.output
     if path.suffix != ".csv":
-        path = path / f"{arguments.device}-{arguments.preset or 'ladder'}.csv"
+        content = arguments.preset or "ladder"
+        path /= file_name(arguments.device, facts["device_name"], facts["date"], content)
     start_file(path, arguments.append)
-    facts = {**machine.facts(arguments.device), "command": shlex.join(["python", *sys.argv])}
     measured: Measured = {}
     for title, group in itertools.groupby(cases, key=lambda case: case.title):
         of_group: Measured = {}
@@ -163,13 +196,12 @@ def main() -> None:
     arguments = parse_arguments()
     console = Console()
     if not console.is_terminal:
-        console.width = 120
+        console.width = 150
     if arguments.preset == "goals":
-        goals = selected_goals(arguments)
-        # Several goals share a case.
-        cases = list(dict.fromkeys(goal.case for goal in goals))
-        measured = measure_all(cases, arguments, console)
-        console.print(goals_table(goals, measured))
+        goals = preset_goals(arguments)
+        measured = measure_all(preset_cases(goals, arguments), arguments, console)
+        if goals:
+            console.print(goals_table(goals, measured))
     else:
         measured = measure_all(ladder_cases(arguments), arguments, console)
     warn_of_load(measured, console)

@@ -1,11 +1,11 @@
 """The tables on the screen."""
 
 from cases import Case
-from goals import Goal, peak_multiple
+from goals import Goal, peak_multiple, share_of_copy
 from results import Row
 from rich.table import Table
 
-CONTENDERS = ("fused", "eager", "compile", "stream")
+CONTENDERS = ("fused", "eager", "compile", "fused graph", "eager graph", "stream")
 RATIOS = (("eager", "fused"), ("compile", "fused"), ("fused", "stream"))
 LEGEND = (
     "Medians of one call. GB/s: the bytes that must move, by the time of fused. "
@@ -33,24 +33,30 @@ def times_table(measured: Measured) -> Table:
         title=f"{case.device}: {case.title} ({case.bytes_per_element} bytes an element)",
         title_justify="left",
     )
+    contenders = [name for name in CONTENDERS if any(name in rows for rows in measured.values())]
     ratios = [f"{above}/\n{below}" for above, below in RATIOS]
-    for heading in ["N", *CONTENDERS, *ratios, "fused\nGB/s", "fused\npeak", "eager\npeak"]:
+    headings = ["N", *(name.replace(" ", "\n") for name in contenders), *ratios]
+    headings += ["fused\nGB/s", "fused\npeak", "eager\npeak"]
+    if case.device == "cuda":
+        headings += ["copy\nGB/s", "fused,\n% of copy"]
+    for heading in headings:
         table.add_column(heading, justify="right")
     for case, rows in measured.items():
-        table.add_row(size_text(case.numel), *times_cells(rows))
+        table.add_row(size_text(case.numel), *times_cells(rows, contenders))
     return table
 
 
-def times_cells(rows: dict[str, Row]) -> list[str]:
+def times_cells(rows: dict[str, Row], contenders: list[str]) -> list[str]:
     times = {name: row.median_seconds for name, row in rows.items()}
-    cells = [time_text(times[name]) if name in times else "" for name in CONTENDERS]
+    cells = [time_text(times[name]) if name in times else "" for name in contenders]
     for above, below in RATIOS:
         known = above in times and below in times
         cells.append(f"{times[above] / times[below]:.2f}" if known else "")
-    fused = rows["fused"]
-    bandwidth = fused.bytes_per_element * fused.numel / fused.median_seconds / 1e9
-    cells.append(f"{bandwidth:.3g}")
-    return cells + [f"{peak_multiple(rows[name]):.2f}" for name in ("fused", "eager")]
+    cells.append(f"{rows['fused'].bandwidth / 1e9:.3g}")
+    cells += [f"{peak_multiple(rows[name]):.2f}" for name in ("fused", "eager")]
+    if "copy" in rows:
+        cells += [f"{rows['copy'].bandwidth / 1e9:.0f}", f"{share_of_copy(rows):.1f}"]
+    return cells
 
 
 def goals_table(goals: list[Goal], measured: Measured) -> Table:
@@ -58,7 +64,8 @@ def goals_table(goals: list[Goal], measured: Measured) -> Table:
     met = sum(
         value is not None and goal.is_met(value) for goal, value in zip(goals, values, strict=True)
     )
-    table = Table(title=f"Goals for the CPU: {met} of {len(goals)} met", title_justify="left")
+    device = goals[0].case.device
+    table = Table(title=f"Goals, {device}: {met} of {len(goals)} met", title_justify="left")
     for heading in ("case", "N", "measure", "goal", "measured", "verdict"):
         table.add_column(heading, justify="left" if heading in ("case", "verdict") else "right")
     for goal, value in zip(goals, values, strict=True):

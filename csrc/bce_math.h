@@ -1,11 +1,11 @@
 // THE definition: loss and gradient of binary cross entropy with logits, one element at a time.
 //
-// Every backend instantiates this text and nothing else. `Real` is a floating-point number or a
-// SIMD vector of them; it brings operators, Real::Scalar or itself as the element type, and the
-// words
+// Every backend instantiates this text. `Real` is a vector of numbers, one of them on a GPU; it
+// brings operators, its element type Real::Scalar, and the words
 //   abs(x)  fma(a, b, c)  select(mask, if_true, if_false)
 //   sign_bit(x)  flip_sign(y, x)  scale_exp2_minus(y, shifted)
-// found by argument-dependent lookup. Nothing here knows of torch.
+// found by argument-dependent lookup. It may bring an exp_minus and a quotient of its own, where the
+// hardware has better ones. Nothing here knows of torch.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -103,7 +103,7 @@ FUSED_BCE_INLINE Real exp_minus(Real a) {
   return scale_exp2_minus(y, shifted);
 }
 
-// a / b for b in [1, 2]. Like exp_minus, a backend may have a faster one for its own Real.
+// a / b for b in [1, 2]
 template <class Real>
 FUSED_BCE_INLINE Real quotient(Real a, Real b) {
   return a / b;

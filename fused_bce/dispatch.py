@@ -9,6 +9,8 @@ from torch.autograd import forward_ad
 from torch.overrides import has_torch_function_variadic
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fused_bce import _C
+
 logger = logging.getLogger("fused_bce")
 
 _FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
@@ -30,7 +32,15 @@ def _plain_keys() -> int:
         return _keys(torch.empty(0, device="cpu")).raw_repr()
 
 
-_NOT_PLAIN = ~_plain_keys()
+def _key_set(*keys: str) -> int:
+    sets = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in keys)
+    return functools.reduce(lambda a, b: a | b, sets).raw_repr()
+
+
+_CUDA_ARCHS = _C.build_info()["cuda_archs"]
+_CUDA_KEYS = _key_set("CUDA", "AutogradCUDA", "AutocastCUDA")
+_CUDA_BIT = _CUDA_KEYS & ~_plain_keys()
+_NOT_PLAIN = ~(_plain_keys() | (_CUDA_KEYS if _CUDA_ARCHS else 0))
 
 
 def why_not_fused(
@@ -71,6 +81,11 @@ def why_not_fused(
         return "input or target is not a tensor"
     if (input_keys | target_keys) & _NOT_PLAIN:
         return _what_is(*((input, "input") if input_keys & _NOT_PLAIN else (target, "target")))
+    if (input_keys | target_keys) & _CUDA_BIT:
+        if input.device != target.device:
+            return "input and target are on different devices"
+        if not _covers(input.get_device()):
+            return f"this build has no kernels for the GPU, only for {_CUDA_ARCHS}"
     if input.dtype not in _FLOATS:
         return f"input has dtype {input.dtype}"
     if target.dtype not in _FLOATS:
@@ -78,21 +93,23 @@ def why_not_fused(
     if input.shape != target.shape:
         return "input and target differ in size"
     if weight is not None:
-        reason = _why_not_weight("weight", weight, _WEIGHTS)
+        reason = _why_not_weight("weight", weight, _WEIGHTS, input)
         if reason is not None:
             return reason
     if pos_weight is not None:
-        return _why_not_weight("pos_weight", pos_weight, _POS_WEIGHTS)
+        return _why_not_weight("pos_weight", pos_weight, _POS_WEIGHTS, input)
     return None
 
 
-def _why_not_weight(name: str, weight: Tensor, dtypes: frozenset) -> str | None:
+def _why_not_weight(name: str, weight: Tensor, dtypes: frozenset, input: Tensor) -> str | None:
     if not isinstance(weight, Tensor):
         return f"{name} is not a tensor"
     if _keys(weight).raw_repr() & _NOT_PLAIN:
         return _what_is(weight, name)
     if weight.dtype not in dtypes:
         return f"{name} has dtype {weight.dtype}"
+    if weight.device != input.device and weight.dim() > 0:
+        return f"{name} is on another device"
     if weight.requires_grad and torch.is_grad_enabled():
         return f"{name} requires a gradient"
     return None
@@ -107,7 +124,22 @@ def _only_default_device(*arguments: Tensor | None) -> bool:
     )
 
 
+@functools.cache
+def _covers(device_index: int) -> bool:
+    """Whether machine code or PTX in this build runs on this GPU."""
+    capability = torch.cuda.get_device_capability(device_index)
+    for arch in _CUDA_ARCHS:
+        major, minor = map(int, arch.removesuffix("+PTX").rstrip("af").split("."))
+        if major == capability[0] and minor <= capability[1]:
+            return True
+        if arch.endswith("+PTX") and (major, minor) <= capability:
+            return True
+    return False
+
+
 def _what_is(tensor: Tensor, name: str) -> str:
+    if tensor.is_cuda and not _CUDA_ARCHS:
+        return f"{name} is on a GPU, and this build has no CUDA kernels"
     return f"{name} is not an ordinary tensor on a device with a fused kernel: {_keys(tensor)}"
 
 

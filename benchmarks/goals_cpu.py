@@ -1,0 +1,58 @@
+"""The goals for the CPU."""
+
+from functools import partial
+
+from goals import PEAK, Goal, goal_case
+
+SMALL_SIZES = (1, 16, 64, 128, 640)
+
+cpu_case = partial(goal_case, "cpu")
+
+
+def cpu_goals() -> list[Goal]:
+    return [*plain_goals(), *forward_goals(), *variant_goals(), *small_goals()]
+
+
+def plain_goals() -> list[Goal]:
+    goals = []
+    for numel, eager, compiled in [(2**20, 6, 4.5), (2**24, 10, 4), (2**26, 10, 4)]:
+        case = cpu_case(numel)
+        goals += [Goal(case, "eager / fused", ">=", eager)]
+        goals += [Goal(case, "compile / fused", ">=", compiled)]
+        if numel > 2**20:
+            goals += [Goal(case, "fused / stream", "<=", 1.6)]
+        goals += [Goal(case, PEAK, "<=", 1)]
+    return goals
+
+
+def forward_goals() -> list[Goal]:
+    medium, large = cpu_case(2**20, mode="fwd"), cpu_case(2**24, mode="fwd")
+    return [
+        Goal(medium, "eager / fused", ">=", 5),
+        Goal(large, "eager / fused", ">=", 12),
+        Goal(large, "fused / stream", "<=", 1.5),
+    ]
+
+
+def variant_goals() -> list[Goal]:
+    variants = [
+        ({"weights": "pos_weight"}, 2.5),
+        ({"weights": "weight"}, 2.5),
+        ({"reduction": "none"}, 2),
+        ({"dtype": "bfloat16"}, 2.5),
+        ({"dtype": "float16"}, 2.5),
+        ({"dtype": "float64"}, 2),
+    ]
+    goals = []
+    for options, compiled in variants:
+        for numel in (2**20, 2**24):
+            case = cpu_case(numel, **options)
+            goals += [Goal(case, "eager / fused", ">=", 4)]
+            goals += [Goal(case, "compile / fused", ">=", compiled)]
+    return goals
+
+
+def small_goals() -> list[Goal]:
+    return [
+        Goal(cpu_case(numel), "fused / eager", "<=", 0.85, stretch=0.7) for numel in SMALL_SIZES
+    ]

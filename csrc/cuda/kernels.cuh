@@ -1,0 +1,233 @@
+// The kernels. One block takes a chunk of fixed size and leaves the sum of its losses; the block
+// that finishes last adds the sums up in their order. So the bits depend neither on the number of
+// blocks nor on the device.
+#pragma once
+
+#include <c10/cuda/CUDAException.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <climits>
+#include <limits>
+#include <type_traits>
+
+#include "broadcast.cuh"
+#include "lane.cuh"
+#include "launch.cuh"
+
+namespace fused_bce {
+
+constexpr int kWarp = 32;
+
+// Every number of the loop that is known when it is compiled.
+template <class L, class T>
+struct Shape {
+  // The arithmetic's type
+  using C = std::conditional_t<std::is_same_v<L, double>, double, float>;
+  static constexpr int kSmallest = sizeof(L) < sizeof(T) ? sizeof(L) : sizeof(T);
+  // Elements of a vector: 16 bytes of the narrower operand
+  static constexpr int kVector = 16 / kSmallest;
+};
+
+// Sum over the block in a fixed order, for thread 0.
+__device__ __forceinline__ double block_sum(double x) {
+  __shared__ double of_warps[kThreads / kWarp];
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2)
+    x += __shfl_down_sync(0xffffffffu, x, distance);
+  __syncthreads();  // of an earlier sum
+  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  if (threadIdx.x == 0)
+    for (int w = 1; w < kThreads / kWarp; ++w) x += of_warps[w];
+  return x;
+}
+
+__device__ __forceinline__ void store_loss(const Problem& p, double sum) {
+  if (p.reduction == Reduction::kMean) sum /= static_cast<double>(p.numel);
+  store_any(sum, p.loss_dtype, 0, p.loss);
+}
+
+// Whether this is the block that finishes last; then it sees what the others wrote.
+__device__ __forceinline__ bool is_last_block(unsigned* ticket) {
+  __shared__ bool last;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+__device__ __forceinline__ void add_up(const Problem& p, const Workspace& workspace) {
+  if (!is_last_block(workspace.ticket)) return;
+  const int64_t chunks = chunks_of(p.numel);
+  double sum = 0;
+  for (int64_t c = threadIdx.x; c < chunks; c += kThreads) sum += __ldcg(workspace.sums + c);
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) store_loss(p, sum);
+}
+
+// A vector of elements starting at i. Without kWhole memory is not aligned, or ends within it; what
+// is missing is padded.
+template <bool kWhole, class S, int N>
+__device__ __forceinline__ Pack<S, N> load(const void* data, int64_t i, int64_t numel, S padding) {
+  const S* p = static_cast<const S*>(data) + i;
+  if constexpr (kWhole) {
+    return load_pack<S, N>(p);
+  } else {
+    Pack<S, N> pack;
+#pragma unroll
+    for (int k = 0; k < N; ++k) pack.v[k] = i + k < numel ? p[k] : padding;
+    return pack;
+  }
+}
+
+template <bool kWhole, class S, int N>
+__device__ __forceinline__ void store(const Pack<S, N>& pack, void* data, int64_t i,
+                                      int64_t numel) {
+  S* p = static_cast<S*>(data) + i;
+  if constexpr (kWhole) {
+    store_pack<S, N>(pack, p);
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k)
+      if (i + k < numel) p[k] = pack.v[k];
+  }
+}
+
+// pos_weight, and the product of weight and grad_loss.
+template <class C, int N>
+__device__ __forceinline__ void load_weights(const Arguments& a, int64_t at, C (&positive)[N],
+                                             C (&factor)[N]) {
+  C grad_loss[N];
+  load_broadcast(a.pos_weight, at, positive);
+  load_broadcast(a.weight, at, factor);
+  load_broadcast(a.grad_loss, at, grad_loss);
+#pragma unroll
+  for (int k = 0; k < N; ++k) factor[k] *= grad_loss[k];
+}
+
+// The elements of one chunk that belong to this thread; returns the sum of their losses.
+template <class L, class T, Pass kPass, bool kWeighted, bool kWhole>
+__device__ __forceinline__ double run_chunk(const Arguments& a, int64_t chunk,
+                                            typename Shape<L, T>::C grad_scale) {
+  using S = Shape<L, T>;
+  using C = typename S::C;
+  constexpr int N = S::kVector;
+  // Vectors whose loads are under way together; with weights the registers suffice for one.
+  constexpr int kInFlight = kWeighted ? 1 : 2;
+  constexpr int kStep = kThreads * N * kInFlight;
+  static_assert(kChunk % kStep == 0);
+  const Problem& p = a.problem;
+  L outside;  // the loss of (-inf, 0) is 0
+  convert(-std::numeric_limits<C>::infinity(), outside);
+  T zero;
+  convert(C(0), zero);
+
+  double sum = 0;
+  int64_t i = chunk * kChunk + static_cast<int64_t>(threadIdx.x) * N;
+#pragma unroll 1
+  for (int step = 0; step < kChunk / kStep; ++step, i += kStep) {
+    Pack<L, N> logits[kInFlight];
+    Pack<T, N> target[kInFlight];
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      const int64_t at = i + u * kThreads * N;
+      logits[u] = load<kWhole, L, N>(p.logits.data, at, p.numel, outside);
+      target[u] = load<kWhole, T, N>(p.target.data, at, p.numel, zero);
+    }
+    C step_sum = 0;
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      const int64_t at = i + u * kThreads * N;
+      if (!kWhole && at >= p.numel) break;
+      C losses[N], grads[N];
+      C positive[N], factor[N];
+      if constexpr (kWeighted) load_weights(a, at, positive, factor);
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        C x, t;
+        convert(logits[u].v[k], x);
+        convert(target[u].v[k], t);
+        // A padded element must add nothing, whatever its weights are.
+        const bool weighted = kWeighted && (kWhole || at + k < p.numel);
+        LossAndGrad<Lane<C>> r = bce_with_logits<kWeighted>(Lane<C>(x), Lane<C>(t),
+                                                            Lane<C>(weighted ? positive[k] : C(1)));
+        if (weighted) {
+          r.loss.v *= factor[k];
+          r.grad.v *= factor[k];
+        }
+        if constexpr (has_sum(kPass)) step_sum += r.loss.v;
+        losses[k] = r.loss.v;
+        grads[k] = r.grad.v * grad_scale;
+      }
+      if constexpr (has_grad(kPass))
+        store<kWhole, L, N>(narrow(grads, L{}), p.grad_logits, at, p.numel);
+      if constexpr (has_losses(kPass))
+        with_dtype(p.loss_dtype, [&](auto tag) {
+          store<kWhole, decltype(tag), N>(narrow(losses, tag), p.loss, at, p.numel);
+        });
+    }
+    if constexpr (has_sum(kPass)) sum += step_sum;
+  }
+  return sum;
+}
+
+template <class L, class T, Pass kPass, bool kWeighted>
+__global__ void __launch_bounds__(kThreads)
+    bce_kernel(const __grid_constant__ Arguments a, Workspace workspace) {
+  using C = typename Shape<L, T>::C;
+  const Problem& p = a.problem;
+  C grad_scale = static_cast<C>(p.grad_scale);
+  if (a.grad_loss_number.data)
+    grad_scale *= load_any<C>(a.grad_loss_number.data, a.grad_loss_number.dtype, 0);
+
+  const int64_t chunks = chunks_of(p.numel);
+  for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
+    const bool whole = a.aligned && (chunk + 1) * kChunk <= p.numel;
+    double sum = whole ? run_chunk<L, T, kPass, kWeighted, true>(a, chunk, grad_scale)
+                       : run_chunk<L, T, kPass, kWeighted, false>(a, chunk, grad_scale);
+    if constexpr (has_sum(kPass)) {
+      sum = block_sum(sum);
+      if (threadIdx.x == 0) {
+        if (chunks == 1)
+          store_loss(p, sum);
+        else
+          workspace.sums[chunk] = sum;
+      }
+    }
+  }
+  if constexpr (has_sum(kPass))
+    if (chunks > 1) add_up(p, workspace);
+}
+
+template <class L, class T, Pass kPass>
+void launch_pass(const Arguments& a, const Workspace& workspace, unsigned blocks,
+                 cudaStream_t stream) {
+  const bool weighted =
+      a.problem.weight.data || a.problem.pos_weight.data || a.grad_loss.operand.data;
+  auto* const kernel = weighted ? bce_kernel<L, T, kPass, true> : bce_kernel<L, T, kPass, false>;
+  kernel<<<blocks, kThreads, 0, stream>>>(a, workspace);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <class L, class T>
+void launch_pair(const Arguments& a, const Workspace& workspace, unsigned blocks,
+                 cudaStream_t stream) {
+  switch (pass_of(a.problem)) {
+    case Pass::kSum:
+      return launch_pass<L, T, Pass::kSum>(a, workspace, blocks, stream);
+    case Pass::kSumAndGrad:
+      return launch_pass<L, T, Pass::kSumAndGrad>(a, workspace, blocks, stream);
+    case Pass::kLosses:
+      return launch_pass<L, T, Pass::kLosses>(a, workspace, blocks, stream);
+    case Pass::kLossesAndGrad:
+      return launch_pass<L, T, Pass::kLossesAndGrad>(a, workspace, blocks, stream);
+    case Pass::kGrad:
+      return launch_pass<L, T, Pass::kGrad>(a, workspace, blocks, stream);
+  }
+}
+
+}  // namespace fused_bce

@@ -1,0 +1,81 @@
+// One number in the words that bce_math.h asks for: a vector of width one.
+#pragma once
+
+#include "../bce_math.h"
+
+namespace fused_bce {
+
+template <class T>
+struct Bits;
+template <>
+struct Bits<float> {
+  using Int = int32_t;
+  static constexpr Int kSign = INT32_MIN;
+  static __device__ __forceinline__ Int of(float x) { return __float_as_int(x); }
+  static __device__ __forceinline__ float number(Int bits) { return __int_as_float(bits); }
+};
+template <>
+struct Bits<double> {
+  using Int = long long;
+  static constexpr Int kSign = LLONG_MIN;
+  static __device__ __forceinline__ Int of(double x) { return __double_as_longlong(x); }
+  static __device__ __forceinline__ double number(Int bits) { return __longlong_as_double(bits); }
+};
+
+template <class T>
+struct Lane {
+  using Scalar = T;
+  T v;
+
+  Lane() = default;
+  FUSED_BCE_INLINE explicit Lane(T scalar) : v(scalar) {}
+
+  friend FUSED_BCE_INLINE Lane operator+(Lane a, Lane b) { return Lane(a.v + b.v); }
+  friend FUSED_BCE_INLINE Lane operator-(Lane a, Lane b) { return Lane(a.v - b.v); }
+  friend FUSED_BCE_INLINE Lane operator*(Lane a, Lane b) { return Lane(a.v * b.v); }
+  friend FUSED_BCE_INLINE Lane operator/(Lane a, Lane b) { return Lane(a.v / b.v); }
+  friend FUSED_BCE_INLINE bool operator>(Lane a, Lane b) { return a.v > b.v; }
+  friend FUSED_BCE_INLINE bool operator==(Lane a, Lane b) { return a.v == b.v; }
+
+  friend FUSED_BCE_INLINE Lane select(bool m, Lane a, Lane b) { return m ? a : b; }
+  friend FUSED_BCE_INLINE Lane fma(Lane a, Lane b, Lane c) { return Lane(::fma(a.v, b.v, c.v)); }
+  friend FUSED_BCE_INLINE Lane abs(Lane a) { return Lane(::fabs(a.v)); }
+  friend FUSED_BCE_INLINE bool sign_bit(Lane a) { return Bits<T>::of(a.v) < 0; }
+  friend FUSED_BCE_INLINE Lane flip_sign(Lane y, Lane x) {
+    return Lane(Bits<T>::number(Bits<T>::of(y.v) ^ (Bits<T>::of(x.v) & Bits<T>::kSign)));
+  }
+};
+
+// y * 2^-n, n being the integer in the low bits of a number shifted by kRoundShift
+FUSED_BCE_INLINE Lane<double> scale_exp2_minus(Lane<double> y, Lane<double> shifted) {
+  return Lane<double>(y.v * __longlong_as_double((1023 - __double_as_longlong(shifted.v)) << 52));
+}
+
+// In float the special-function unit takes the place of the polynomial: exp(-a) = 2^t, t = -a log2
+// e, and the rounding error of t, which would cost 15 ULP, is put right to first order.
+FUSED_BCE_INLINE Lane<float> exp_minus(Lane<float> a) {
+  constexpr float kLog2e = 1.44269502f;
+  constexpr float kLog2eRest = 1.92596299e-8f;
+  constexpr float kLn2 = 0.693147182f;
+  float bounded, exp2;
+#if __CUDA_ARCH__ >= 800
+  asm("min.NaN.f32 %0, %1, %2;"
+      : "=f"(bounded)
+      : "f"(a.v), "f"(Precision<float>::kLargestExponent));
+#else
+  bounded = a.v > Precision<float>::kLargestExponent ? Precision<float>::kLargestExponent : a.v;
+#endif
+  const float t = bounded * -kLog2e;
+  const float rest = fmaf(bounded, -kLog2eRest, fmaf(bounded, -kLog2e, -t));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(exp2) : "f"(t));
+  return Lane<float>(fmaf(exp2, rest * kLn2, exp2));
+}
+
+// a / b for b in [1, 2]: the hardware's estimate and one step of Newton.
+FUSED_BCE_INLINE Lane<float> quotient(Lane<float> a, Lane<float> b) {
+  float estimate;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(estimate) : "f"(b.v));
+  return Lane<float>(a.v * fmaf(estimate, fmaf(-b.v, estimate, 1.f), estimate));
+}
+
+}  // namespace fused_bce

@@ -1,0 +1,37 @@
+// What the host hands to the kernels.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "broadcast.cuh"
+
+namespace fused_bce {
+
+constexpr int kThreads = 256;
+constexpr int64_t kChunk = 8192;
+
+// One even for no element: the mean of nothing is nan.
+__host__ __device__ inline int64_t chunks_of(int64_t numel) {
+  return numel > 0 ? (numel + kChunk - 1) / kChunk : 1;
+}
+
+struct Arguments {
+  Problem problem;
+  DeviceBroadcast weight, pos_weight;
+  DeviceBroadcast grad_loss;   // one for each element,
+  Broadcast grad_loss_number;  // or one number
+  bool aligned = false;        // all dense operands, to 16 bytes
+};
+
+struct Workspace {
+  unsigned* ticket = nullptr;  // counts the blocks that have finished
+  double* sums = nullptr;      // [chunks]
+};
+
+// One translation unit for each dtype of the logits.
+void launch_float16(const Arguments&, const Workspace&, unsigned blocks, cudaStream_t);
+void launch_bfloat16(const Arguments&, const Workspace&, unsigned blocks, cudaStream_t);
+void launch_float32(const Arguments&, const Workspace&, unsigned blocks, cudaStream_t);
+void launch_float64(const Arguments&, const Workspace&, unsigned blocks, cudaStream_t);
+
+}  // namespace fused_bce

@@ -1,0 +1,135 @@
+// Reading and writing the storage types, many elements at a time.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "../bce_problem.h"
+
+namespace fused_bce {
+
+template <class S>
+struct Storage;
+template <>
+struct Storage<__half> {
+  static constexpr DType kDType = DType::kFloat16;
+};
+template <>
+struct Storage<__nv_bfloat16> {
+  static constexpr DType kDType = DType::kBFloat16;
+};
+template <>
+struct Storage<float> {
+  static constexpr DType kDType = DType::kFloat32;
+};
+template <>
+struct Storage<double> {
+  static constexpr DType kDType = DType::kFloat64;
+};
+
+// N elements, in accesses of 16 bytes where they are as many.
+template <class S, int N>
+struct alignas(sizeof(S) * N < 16 ? sizeof(S) * N : 16) Pack {
+  S v[N];
+};
+
+// Whole vectors are streamed (evict first): every operand and every result passes by once. The
+// intrinsics also keep the accesses whole; plain assignments are compiled to one for each element.
+template <class S, int N>
+__device__ __forceinline__ Pack<S, N> load_pack(const S* p) {
+  Pack<S, N> pack;
+  static_assert(sizeof pack % 16 == 0);
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof pack / 16); ++i)
+    reinterpret_cast<int4*>(&pack)[i] = __ldcs(reinterpret_cast<const int4*>(p) + i);
+  return pack;
+}
+
+template <class S, int N>
+__device__ __forceinline__ void store_pack(const Pack<S, N>& pack, S* p) {
+  if constexpr (sizeof pack % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof pack / 16); ++i)
+      __stcs(reinterpret_cast<int4*>(p) + i, reinterpret_cast<const int4*>(&pack)[i]);
+  } else {
+    *reinterpret_cast<Pack<S, N>*>(p) = pack;
+  }
+}
+
+__device__ __forceinline__ void convert(__half in, float& out) { out = __half2float(in); }
+__device__ __forceinline__ void convert(__nv_bfloat16 in, float& out) {
+  out = __bfloat162float(in);
+}
+__device__ __forceinline__ void convert(float in, float& out) { out = in; }
+__device__ __forceinline__ void convert(float in, double& out) { out = in; }
+__device__ __forceinline__ void convert(double in, float& out) { out = static_cast<float>(in); }
+__device__ __forceinline__ void convert(double in, double& out) { out = in; }
+__device__ __forceinline__ void convert(__half in, double& out) { out = __half2float(in); }
+__device__ __forceinline__ void convert(__nv_bfloat16 in, double& out) {
+  out = __bfloat162float(in);
+}
+__device__ __forceinline__ void convert(float in, __half& out) { out = __float2half_rn(in); }
+__device__ __forceinline__ void convert(float in, __nv_bfloat16& out) {
+  out = __float2bfloat16_rn(in);
+}
+__device__ __forceinline__ void convert(double in, __half& out) { out = __double2half(in); }
+__device__ __forceinline__ void convert(double in, __nv_bfloat16& out) {
+  out = __double2bfloat16(in);
+}
+
+// Two elements in one instruction.
+template <int N>
+__device__ __forceinline__ Pack<__half, N> narrow(const float (&in)[N], __half) {
+  Pack<__half, N> out;
+#pragma unroll
+  for (int i = 0; i < N; i += 2)
+    reinterpret_cast<__half2*>(&out)[i / 2] = __floats2half2_rn(in[i], in[i + 1]);
+  return out;
+}
+template <int N>
+__device__ __forceinline__ Pack<__nv_bfloat16, N> narrow(const float (&in)[N], __nv_bfloat16) {
+  Pack<__nv_bfloat16, N> out;
+#pragma unroll
+  for (int i = 0; i < N; i += 2)
+    reinterpret_cast<__nv_bfloat162*>(&out)[i / 2] = __floats2bfloat162_rn(in[i], in[i + 1]);
+  return out;
+}
+template <class C, class S, int N>
+__device__ __forceinline__ Pack<S, N> narrow(const C (&in)[N], S) {
+  Pack<S, N> out;
+#pragma unroll
+  for (int i = 0; i < N; ++i) convert(in[i], out.v[i]);
+  return out;
+}
+
+// For a dtype known at run time only: one branch, the same for all threads. f gets a value of the
+// storage type.
+template <class F>
+__device__ __forceinline__ void with_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return f(__half{});
+    case DType::kBFloat16:
+      return f(__nv_bfloat16{});
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kFloat64:
+      return f(double{});
+  }
+}
+
+template <class C>
+__device__ __forceinline__ C load_any(const void* data, DType dtype, int64_t i) {
+  C value{};
+  with_dtype(dtype, [&](auto tag) { convert(static_cast<const decltype(tag)*>(data)[i], value); });
+  return value;
+}
+
+template <class C>
+__device__ __forceinline__ void store_any(C value, DType dtype, int64_t i, void* data) {
+  with_dtype(dtype, [&](auto tag) { convert(value, static_cast<decltype(tag)*>(data)[i]); });
+}
+
+}  // namespace fused_bce
