@@ -74,7 +74,8 @@ def extension():
     }
     if not use_cuda():
         return cpp_extension.CppExtension(**options)
-    archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHS
+    os.environ["TORCH_CUDA_ARCH_LIST"] = archs = archs.replace(" ", ";")
     options["sources"] += sources("cuda", ".cu")
     options["extra_compile_args"]["cxx"].append(f'-DFUSED_BCE_CUDA="{archs}"')
     options["extra_compile_args"]["nvcc"] = ["-O3", "--expt-relaxed-constexpr"]

@@ -4,8 +4,8 @@
 // brings operators, its element type Real::Scalar, and the words
 //   abs(x)  fma(a, b, c)  select(mask, if_true, if_false)
 //   sign_bit(x)  flip_sign(y, x)  scale_exp2_minus(y, shifted)
-// found by argument-dependent lookup. It may bring an exp_minus and a quotient of its own, where the
-// hardware has better ones. Nothing here knows of torch.
+// found by argument-dependent lookup. It may bring an exp_minus and a quotient of its own, where
+// the hardware has better ones. Nothing here knows of torch.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -74,6 +74,8 @@ void launch_cuda(const Problem& problem, void* workspace, void* stream);
 // grad_logits *= grad_loss, one number in the memory of the device.
 void launch_cuda_scale(void* grad_logits, DType dtype, int64_t numel, const void* grad_loss,
                        DType grad_loss_dtype, void* stream);
+// Whether this build has code that the current device can run.
+bool cuda_covers_current_device();
 // For tests: no more blocks than this in a launch.
 void limit_cuda_blocks(int64_t most);
 

@@ -258,15 +258,15 @@ Tensor backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& tar
 }
 
 void scale_(Tensor& grad_logits, const Tensor& grad_loss) {
-  if (grad_loss.dim() != 0) {
-    grad_logits.mul_(grad_loss);
+  if (grad_loss.dim() == 0 && grad_logits.is_cpu()) {
+    const double scale = grad_loss.item<double>();
+    if (scale != 1.0) grad_logits.mul_(scale);
     return;
   }
 #if defined(FUSED_BCE_CUDA)
-  if (grad_logits.is_cuda()) {
-    TORCH_CHECK(
-        grad_loss.device() == grad_logits.device() && grad_logits.is_non_overlapping_and_dense(),
-        "scale_ needs a dense grad_logits, and grad_loss on its device");
+  const bool aligned = reinterpret_cast<uintptr_t>(grad_logits.const_data_ptr()) % 16 == 0;
+  if (grad_loss.dim() == 0 && grad_loss.device() == grad_logits.device() &&
+      grad_logits.is_non_overlapping_and_dense() && aligned) {
     const c10::DeviceGuard device(grad_logits.device());
     return launch_cuda_scale(
         grad_logits.mutable_data_ptr(), dtype_of("grad_logits", grad_logits.scalar_type()),
@@ -274,8 +274,7 @@ void scale_(Tensor& grad_logits, const Tensor& grad_loss) {
         dtype_of("grad_loss", grad_loss.scalar_type()), c10::cuda::getCurrentCUDAStream());
   }
 #endif
-  const double scale = grad_loss.item<double>();
-  if (scale != 1.0) grad_logits.mul_(scale);
+  grad_logits.mul_(grad_loss);
 }
 
 constexpr c10::DispatchKey kBackends[] = {

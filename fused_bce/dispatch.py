@@ -108,7 +108,8 @@ def _why_not_weight(name: str, weight: Tensor, dtypes: frozenset, input: Tensor)
         return _what_is(weight, name)
     if weight.dtype not in dtypes:
         return f"{name} has dtype {weight.dtype}"
-    if weight.device != input.device and weight.dim() > 0:
+    # A number on the CPU goes with any device.
+    if weight.device != input.device and not (weight.is_cpu and weight.dim() == 0):
         return f"{name} is on another device"
     if weight.requires_grad and torch.is_grad_enabled():
         return f"{name} requires a gradient"
@@ -127,14 +128,8 @@ def _only_default_device(*arguments: Tensor | None) -> bool:
 @functools.cache
 def _covers(device_index: int) -> bool:
     """Whether machine code or PTX in this build runs on this GPU."""
-    capability = torch.cuda.get_device_capability(device_index)
-    for arch in _CUDA_ARCHS:
-        major, minor = map(int, arch.removesuffix("+PTX").rstrip("af").split("."))
-        if major == capability[0] and minor <= capability[1]:
-            return True
-        if arch.endswith("+PTX") and (major, minor) <= capability:
-            return True
-    return False
+    with torch.cuda.device(device_index):
+        return _C.cuda_covers_current_device()
 
 
 def _what_is(tensor: Tensor, name: str) -> str:

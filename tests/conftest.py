@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from helpers import why_no_cuda
 
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request) -> str:
     """The device that a test runs on; a test runs once for each."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+    if request.param == "cuda" and (reason := why_no_cuda()):
+        pytest.skip(reason)
     return request.param
 
 

@@ -19,6 +19,15 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 by_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 
+def why_no_cuda() -> str | None:
+    """Why nothing can be tested on a GPU here; None if it can."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if fused_bce.build_info()["cuda_archs"] is None:
+        return "there is a GPU, but this build has no CUDA kernels: rebuild with FORCE_CUDA=1"
+    return None
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -113,6 +122,26 @@ def assert_results_no_worse(got: Result, theirs: Result, exact: Result) -> None:
         assert (g is None) == (t is None)
         if g is not None:
             assert_no_worse(g, t, e)
+
+
+def draw(shape, device, logits_dtype=torch.float32, target_dtype=torch.float32):
+    """Logits with tails, and targets of which half are hard."""
+    logits = (torch.randn(shape) * 4).to(device, logits_dtype)
+    target = torch.where(torch.rand(shape) < 0.5, torch.rand(shape), torch.rand(shape).round())
+    return logits, target.to(device, target_dtype)
+
+
+def draw_weights(names, shape, device, dtype=torch.float32):
+    return {name: (torch.rand(shape) * 3 + 0.1).to(device, dtype) for name in names}
+
+
+def check(logits, target, grad_loss=None, **options):
+    options = options | {"target_grad": True, "grad_loss": grad_loss}
+    ours = evaluate(fused, logits, target, **options)
+    theirs = evaluate(torch_bce, logits, target, **options)
+    options.pop("target_grad")
+    assert_results_no_worse(ours, theirs, reference(logits, target, **options))
+    return ours
 
 
 def assert_double_close(got, expected) -> None:

@@ -475,6 +475,18 @@ def test_why_not_fused_names_what_is_unusual(device):
     assert "Sparse" in reason
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or fused_bce.build_info()["cuda_archs"] is not None,
+    reason="for a GPU and a build without CUDA kernels",
+)
+def test_a_build_without_cuda_kernels_leaves_the_gpu_to_torch():
+    logits, target = batch("cuda")
+    assert why_not_fused(logits, target) == "input is on a GPU, and this build has no CUDA kernels"
+    loss = fused(logits, target)
+    assert not is_fused(loss)
+    assert_double_close(loss, torch_bce(logits, target))
+
+
 class Passing(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return function(*args, **(kwargs or {}))

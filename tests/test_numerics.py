@@ -11,6 +11,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from helpers import why_no_cuda
 
 from fused_bce import _C
 
@@ -27,8 +28,8 @@ SMALLEST_NORMAL = {torch.float32: 2.0**-126, torch.float64: 2.0**-1022}
 def kernel_device(request):
     """The device to run on, with each instruction set of the CPU forced in turn."""
     if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("no GPU")
+        if reason := why_no_cuda():
+            pytest.skip(reason)
         yield "cuda"
         return
     before = _C.current_instruction_set()

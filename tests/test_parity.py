@@ -415,6 +415,22 @@ def test_empty_batch_with_weights(weights, reduction, device):
 
 
 @by_reduction
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=dtype_name)
+@pytest.mark.parametrize(
+    ("shape", "weight_shape"),
+    [((0,), (0,)), ((0, 4), (0, 4)), ((0, 4), (0, 1)), ((4, 0), (4, 1)), ((4, 0), (4, 0))],
+    ids=str,
+)
+def test_empty_weights(shape, weight_shape, dtype, reduction, device):
+    # A weight without elements has a period of 0.
+    logits, target = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+    weights = {name: torch.ones(weight_shape, device=device) for name in ("weight", "pos_weight")}
+    expected = evaluate(torch_bce, logits, target, reduction=reduction, **weights)
+    got = evaluate(fused, logits, target, reduction=reduction, **weights)
+    torch.testing.assert_close(tuple(got)[:2], tuple(expected)[:2], equal_nan=True)
+
+
+@by_reduction
 @by_weights
 def test_single_number(weights, reduction, device):
     logits, target = torch.tensor(0.7, device=device), torch.tensor(0.3, device=device)

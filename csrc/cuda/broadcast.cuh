@@ -27,7 +27,8 @@ struct DeviceBroadcast {
   Divider by_inner, by_channels;
 
   DeviceBroadcast() = default;
-  DeviceBroadcast(const Broadcast& b, int64_t numel) : operand(b), narrow(numel < INT32_MAX) {
+  DeviceBroadcast(const Broadcast& b, int64_t numel)
+      : operand(b), narrow(0 < numel && numel < INT32_MAX) {
     if (!narrow) return;
     by_inner = Divider(static_cast<uint32_t>(b.inner));
     by_channels = Divider(static_cast<uint32_t>(b.channels));

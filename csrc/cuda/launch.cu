@@ -73,6 +73,14 @@ void launch_scale(void* grad_logits, int64_t numel, const void* grad_loss, DType
 
 void limit_cuda_blocks(int64_t most) { most_blocks.store(std::max<int64_t>(most, 1)); }
 
+bool cuda_covers_current_device() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, scale_kernel<float, float>);
+  if (error == cudaSuccess) return true;
+  cudaGetLastError();  // an answer, not an error to report later
+  return false;
+}
+
 int64_t cuda_workspace_bytes(const Problem& problem) {
   const int64_t chunks = chunks_of(problem.numel);
   return has_sum(pass_of(problem)) && chunks > 1
