@@ -21,12 +21,10 @@ void check_torch_version() {
   const auto version = py::module_::import("torch").attr("__version__");
   const std::string running = py::str(version);
   if (running.rfind(torch_at_build() + ".", 0) == 0) return;
-  const std::string message =
-      "fused_bce was built for torch " + torch_at_build() + " but this is torch " + running +
-      ". Rebuild it in its source folder: pip install --no-build-isolation --no-deps "
-      "--force-reinstall .";
-  PyErr_SetString(PyExc_ImportError, message.c_str());
-  throw py::error_already_set();
+  throw py::import_error("fused_bce was built for torch " + torch_at_build() +
+                         " but this is torch " + running +
+                         ". Rebuild it in its source folder: pip install --no-build-isolation "
+                         "--no-deps --force-reinstall .");
 }
 
 #if defined(__clang__)

@@ -4,7 +4,7 @@
 import torch
 
 try:
-    from fused_bce import _C
+    import fused_bce._C as _C
 except ModuleNotFoundError as error:
     raise ImportError(
         "fused_bce is not built here. Build it in its source folder: "

@@ -1,0 +1,65 @@
+"""What a user reads when a build does not fit."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_bce
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_python(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_another_torch_is_refused():
+    """The version is compared before torch is called, so a pretended one does."""
+    result = run_python("-c", "import torch; torch.__version__ = '9.9.0'; import fused_bce")
+    major, minor = torch.__version__.split(".")[:2]
+    assert result.returncode == 1
+    assert (
+        f"ImportError: fused_bce was built for torch {major}.{minor} but this is torch 9.9.0. "
+        "Rebuild it in its source folder: pip install"
+    ) in result.stderr
+
+
+def test_a_patch_release_is_accepted():
+    major, minor = torch.__version__.split(".")[:2]
+    pretend = f"import torch; torch.__version__ = '{major}.{minor}.99'; import fused_bce"
+    assert run_python("-c", pretend).returncode == 0
+
+
+def test_a_folder_without_build_says_so(tmp_path):
+    package = tmp_path / "fused_bce"
+    package.mkdir()
+    for source in Path(fused_bce.__file__).parent.glob("*.py"):
+        (package / source.name).write_text(source.read_text())
+    # An editable install would find the extension in its own folder.
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]; "
+        "import fused_bce"
+    )
+    result = run_python("-c", code)
+    assert (
+        "ImportError: fused_bce is not built here. Build it in its source folder" in result.stderr
+    )
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_forced_cuda_needs_a_cuda_torch():
+    result = run_python("setup.py", "--version", FORCE_CUDA="1")
+    assert result.returncode == 1
+    assert "is a CPU build. Install a CUDA build of torch" in result.stderr
