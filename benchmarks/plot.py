@@ -69,11 +69,12 @@ def group_name(row: Row) -> str:
 
 
 def plot(lines: dict[str, Line]) -> Figure:
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    times, speedups = figure.subplots(1, 2)
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    times, speedups, multiples = figure.subplots(1, 3)
     plot_times(times, lines)
     plot_speedups(speedups, lines)
-    for axes in (times, speedups):
+    plot_multiples(multiples, lines)
+    for axes in (times, speedups, multiples):
         axes.set_xscale("log", base=2)
         axes.set_xlabel("N, elements")
         axes.grid(alpha=0.3)
@@ -112,6 +113,22 @@ def plot_speedups(axes: Axes, lines: dict[str, Line]) -> None:
     axes.axhline(1, color="gray", linewidth=1)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("times faster")
+
+
+def plot_multiples(axes: Axes, lines: dict[str, Line]) -> None:
+    axes.set_title("multiple of the stream limit")
+    stream = lines["stream"]
+    for contender in ("eager", "compile", "fused"):
+        sizes = sorted(stream.keys() & lines.get(contender, {}).keys())
+        if sizes:
+            ratios = [
+                lines[contender][size].median_seconds / stream[size].median_seconds
+                for size in sizes
+            ]
+            axes.plot(sizes, ratios, **{"label": contender} | STYLES[contender])
+    axes.axhline(1, color="gray", linewidth=1)
+    axes.set_yscale("log")
+    axes.set_ylabel("times the stream's time")
 
 
 def caption(lines: dict[str, Line]) -> str:

@@ -115,11 +115,11 @@ struct BCEWithLogitsFunction : torch::autograd::Function<BCEWithLogitsFunction> 
 
     // Taken out: a second backward must not find it scaled, and who gets it now is its only owner
     // and need not copy it.
-    const auto node = ctx->saved_data.find(kGradLogits);
+    const auto entry = ctx->saved_data.find(kGradLogits);
     Tensor stored;
-    if (node != ctx->saved_data.end()) {
-      stored = std::move(node->second).toTensor();
-      ctx->saved_data.erase(node);
+    if (entry != ctx->saved_data.end()) {
+      stored = std::move(entry->second).toTensor();
+      ctx->saved_data.erase(entry);
     }
     if (at::GradMode::is_enabled() || is_transformed(grad_loss) ||
         std::any_of(saved_tensors.begin(), saved_tensors.end(), has_tangent)) {
