@@ -84,5 +84,5 @@ def extension():
 
 setup(
     ext_modules=[extension()],
-    cmdclass={"build_ext": cpp_extension.BuildExtension.with_options(no_python_abi_suffix=False)},
+    cmdclass={"build_ext": cpp_extension.BuildExtension},
 )

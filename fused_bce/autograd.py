@@ -2,9 +2,6 @@
 
 import torch
 
-# The numbers of at::Reduction
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-
 
 class BCEWithLogitsFunction(torch.autograd.Function):
     """Fused binary cross entropy with logits, as an autograd function.

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import _reduction
 from torch.nn import functional as F
 
-from fused_bce.autograd import REDUCTIONS, BCEWithLogitsFunction
+from fused_bce.autograd import BCEWithLogitsFunction
 from fused_bce.dispatch import log_once, why_not_fused
 
 __all__ = ["binary_cross_entropy_with_logits"]
@@ -65,8 +65,6 @@ def _fused_or_torch(input, target, weight, size_average, reduce, reduction, pos_
         )
     if size_average is not None or reduce is not None:
         reduction_enum = _reduction.legacy_get_enum(size_average, reduce)
-    elif isinstance(reduction, str) and reduction in REDUCTIONS:
-        reduction_enum = REDUCTIONS[reduction]
     else:
         reduction_enum = _reduction.get_enum(reduction)
     return BCEWithLogitsFunction.apply(input, target, weight, pos_weight, reduction_enum)

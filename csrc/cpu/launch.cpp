@@ -41,7 +41,7 @@ void launch_cpu(const Problem& problem) {
     for (int64_t c = first; c < last; ++c)
       sums[c] = run(problem, c * kChunk, std::min((c + 1) * kChunk, problem.numel));
   });
-  if (!problem.loss || problem.reduction == Reduction::kNone) return;
+  if (!has_sum(pass_of(problem))) return;
 
   double sum = 0;
   for (const double s : sums) sum += s;

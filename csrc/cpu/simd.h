@@ -32,6 +32,7 @@ struct Vec {
 
   Vec() = default;
   FUSED_BCE_INLINE Vec(Native native) : v(native) {}
+  // x - 0 is x for every x, a zero's sign included, so this is a mere broadcast.
   FUSED_BCE_INLINE explicit Vec(T scalar) : v(scalar - Native{}) {}
 
   static FUSED_BCE_INLINE Vec load(const T* p) {
@@ -43,7 +44,6 @@ struct Vec {
 
   friend FUSED_BCE_INLINE Vec operator+(Vec a, Vec b) { return a.v + b.v; }
   friend FUSED_BCE_INLINE Vec operator-(Vec a, Vec b) { return a.v - b.v; }
-  friend FUSED_BCE_INLINE Vec operator-(Vec a) { return -a.v; }
   friend FUSED_BCE_INLINE Vec operator*(Vec a, Vec b) { return a.v * b.v; }
   friend FUSED_BCE_INLINE Vec operator/(Vec a, Vec b) { return a.v / b.v; }
   friend FUSED_BCE_INLINE Mask operator>(Vec a, Vec b) { return a.v > b.v; }

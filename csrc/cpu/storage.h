@@ -28,7 +28,6 @@ template <>
 constexpr BFloat16 kMinusInfinity<BFloat16> = {0xff80};
 
 using FloatVec = Vec<float>;
-using Bits32 = FloatVec::Mask;
 typedef uint32_t Unsigned32 __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
 
