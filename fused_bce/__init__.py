@@ -23,13 +23,17 @@ from fused_bce import functional
 from fused_bce.autograd import BCEWithLogitsFunction
 from fused_bce.dispatch import why_not_fused
 from fused_bce.modules import BCEWithLogitsLoss
+from fused_bce.patching import convert, patch, unpatch
 
 __version__ = "0.1.0"
 __all__ = [
     "BCEWithLogitsFunction",
     "BCEWithLogitsLoss",
     "build_info",
+    "convert",
     "functional",
+    "patch",
+    "unpatch",
     "why_not_fused",
 ]
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 from torch.nn import _reduction
-from torch.nn import functional as F
+from torch.nn.functional import binary_cross_entropy_with_logits as torch_bce
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fused_bce.autograd import BCEWithLogitsFunction
 from fused_bce.dispatch import log_once, why_not_fused
@@ -50,9 +51,7 @@ def binary_cross_entropy_with_logits(
     """
     if not torch.jit.is_scripting():
         return _fused_or_torch(input, target, weight, size_average, reduce, reduction, pos_weight)
-    return F.binary_cross_entropy_with_logits(
-        input, target, weight, size_average, reduce, reduction, pos_weight
-    )
+    return torch_bce(input, target, weight, size_average, reduce, reduction, pos_weight)
 
 
 def _fused_or_torch(input, target, weight, size_average, reduce, reduction, pos_weight):
@@ -60,11 +59,26 @@ def _fused_or_torch(input, target, weight, size_average, reduce, reduction, pos_
     if reason is not None:
         if not torch.compiler.is_compiling():
             log_once(reason)
-        return F.binary_cross_entropy_with_logits(
-            input, target, weight, size_average, reduce, reduction, pos_weight
-        )
+        return _torch(input, target, weight, size_average, reduce, reduction, pos_weight)
     if size_average is not None or reduce is not None:
         reduction_enum = _reduction.legacy_get_enum(size_average, reduce)
     else:
         reduction_enum = _reduction.get_enum(reduction)
     return BCEWithLogitsFunction.apply(input, target, weight, pos_weight, reduction_enum)
+
+
+def _torch(input, target, weight, size_average, reduce, reduction, pos_weight):
+    if not has_torch_function_variadic(input, target, weight, pos_weight):
+        return torch_bce(input, target, weight, size_average, reduce, reduction, pos_weight)
+    # Under patch() torch's function would present itself to the override as ours.
+    return handle_torch_function(
+        torch_bce,
+        (input, target, weight, pos_weight),
+        input,
+        target,
+        weight=weight,
+        size_average=size_average,
+        reduce=reduce,
+        reduction=reduction,
+        pos_weight=pos_weight,
+    )

@@ -1,0 +1,251 @@
+"""The fused loss in code that nobody edits: patch, unpatch, convert."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import is_fused, torch_bce
+
+import fused_bce
+
+TorchLoss = torch.nn.BCEWithLogitsLoss
+NAMES = {
+    "class": (torch.nn, "BCEWithLogitsLoss"),
+    "class_in_modules": (torch.nn.modules, "BCEWithLogitsLoss"),
+    "class_in_loss": (torch.nn.modules.loss, "BCEWithLogitsLoss"),
+    "function": (F, "binary_cross_entropy_with_logits"),
+}
+ORIGINALS = {name: getattr(*place) for name, place in NAMES.items()}
+
+
+def in_place() -> dict:
+    return {name: getattr(*place) for name, place in NAMES.items()}
+
+
+@pytest.fixture(autouse=True)
+def _unpatched():
+    assert in_place() == ORIGINALS
+    yield
+    left = in_place()
+    fused_bce.unpatch()
+    assert left == ORIGINALS, "the test left something replaced"
+
+
+def batch(device):
+    return torch.randn(4, 3, device=device, requires_grad=True), torch.rand(4, 3, device=device)
+
+
+def test_context_manager(device):
+    data = batch(device)
+    expected = F.binary_cross_entropy_with_logits(*data)
+    before = torch.nn.BCEWithLogitsLoss()
+    with fused_bce.patch():
+        assert torch.nn.BCEWithLogitsLoss is fused_bce.BCEWithLogitsLoss
+        assert torch.nn.modules.BCEWithLogitsLoss is fused_bce.BCEWithLogitsLoss
+        inside = torch.nn.BCEWithLogitsLoss()
+        for loss in (inside(*data), before(*data), F.binary_cross_entropy_with_logits(*data)):
+            assert is_fused(loss)
+            torch.testing.assert_close(loss, expected)
+    assert not is_fused(before(*data))
+    assert not is_fused(torch.nn.BCEWithLogitsLoss()(*data))
+    assert is_fused(inside(*data))
+
+
+def test_call_and_unpatch(device):
+    data = batch(device)
+    fused_bce.patch()
+    assert is_fused(F.binary_cross_entropy_with_logits(*data))
+    fused_bce.unpatch()
+    assert not is_fused(F.binary_cross_entropy_with_logits(*data))
+
+
+def test_repeated_calls_need_one_unpatch():
+    fused_bce.patch()
+    fused_bce.patch()
+    fused_bce.unpatch()
+    assert in_place() == ORIGINALS
+    fused_bce.unpatch()
+    assert in_place() == ORIGINALS
+
+
+def test_nested():
+    with fused_bce.patch():
+        with fused_bce.patch():
+            pass
+        assert torch.nn.BCEWithLogitsLoss is fused_bce.BCEWithLogitsLoss
+    assert in_place() == ORIGINALS
+    fused_bce.patch()
+    with fused_bce.patch():
+        pass
+    assert torch.nn.BCEWithLogitsLoss is fused_bce.BCEWithLogitsLoss
+    fused_bce.unpatch()
+
+
+def test_context_may_be_entered_again():
+    context = fused_bce.patch()
+    for _ in range(2):
+        with context:
+            assert torch.nn.BCEWithLogitsLoss is fused_bce.BCEWithLogitsLoss
+        assert in_place() == ORIGINALS
+
+
+def test_exception_restores():
+    with pytest.raises(KeyError), fused_bce.patch():
+        raise KeyError
+    assert in_place() == ORIGINALS
+
+
+def test_what_stood_there_before_comes_back(monkeypatch):
+    # Somebody else's replacement, not torch's function.
+    theirs = lambda *args, **kwargs: torch_bce(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(F, "binary_cross_entropy_with_logits", theirs)
+    with fused_bce.patch():
+        assert F.binary_cross_entropy_with_logits is not theirs
+    assert F.binary_cross_entropy_with_logits is theirs
+    monkeypatch.undo()
+
+
+def test_calls_that_are_not_fused(device):
+    # They go to torch's function, not round in a circle.
+    logits, target = (t.detach() for t in batch(device))
+    expected = torch.func.vmap(torch_bce)(logits, target)
+    with fused_bce.patch():
+        got = torch.func.vmap(F.binary_cross_entropy_with_logits)(logits, target)
+        with pytest.raises(ValueError, match="must be the same as input size"):
+            F.binary_cross_entropy_with_logits(logits, target[0])
+    torch.testing.assert_close(got, expected)
+
+
+class Seeing(torch.Tensor):
+    """Notes the functions that it passes through."""
+
+    calls: list
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.calls.append(function)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_overrides_see_torchs_own_function(device):
+    logits, target = (t.detach() for t in batch(device))
+    Seeing.calls = []
+    with fused_bce.patch():
+        F.binary_cross_entropy_with_logits(logits.as_subclass(Seeing), target)
+    assert Seeing.calls == [torch_bce]
+
+
+@pytest.mark.parametrize("make", [TorchLoss, fused_bce.BCEWithLogitsLoss], ids=["torch", "fused"])
+def test_instances_are_copied_and_pickled(make, device):
+    loss = make(pos_weight=torch.rand(3)).to(device)
+    data = batch(device)
+    with fused_bce.patch():
+        for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+            assert type(twin) is make
+            assert is_fused(twin(*data))
+            torch.testing.assert_close(twin(*data), loss(*data))
+        file = io.BytesIO()
+        torch.save(loss, file)
+    file.seek(0)
+    assert type(torch.load(file, weights_only=False)) is make
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
+def test_scripted_while_patched(device):
+    data = batch(device)
+    with fused_bce.patch():
+        scripted = torch.jit.script(torch.nn.BCEWithLogitsLoss())
+        torch.testing.assert_close(scripted(*data), torch_bce(*data))
+
+
+def test_compiled_while_patched(device):
+    data = batch(device)
+    torch.compiler.reset()
+    with fused_bce.patch():
+        compiled = torch.compile(
+            lambda x, t: F.binary_cross_entropy_with_logits(x, t), backend="aot_eager"
+        )
+        loss = compiled(*data)
+    torch.testing.assert_close(loss, torch_bce(*data))
+    loss.backward()
+    logits = data[0].detach().requires_grad_()
+    torch_bce(logits, data[1]).backward()
+    torch.testing.assert_close(data[0].grad, logits.grad)
+
+
+IMPORTED_BEFORE = """
+from torch.nn import BCEWithLogitsLoss
+from torch.nn.functional import binary_cross_entropy_with_logits
+import torch, fused_bce
+data = torch.randn(3, requires_grad=True), torch.rand(3)
+fused = lambda loss: "BCEWithLogitsFunction" in loss.grad_fn.name()
+with fused_bce.patch():
+    # What the docstring says of names that were imported before.
+    assert not fused(binary_cross_entropy_with_logits(*data))
+    assert fused(BCEWithLogitsLoss()(*data))
+    assert not isinstance(BCEWithLogitsLoss(), torch.nn.BCEWithLogitsLoss)
+    from torch.nn.modules.loss import BCEWithLogitsLoss as late
+    assert late is BCEWithLogitsLoss
+"""
+
+
+def test_names_imported_before():
+    subprocess.run([sys.executable, "-c", IMPORTED_BEFORE], check=True)
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(2, 3)
+        self.losses = torch.nn.ModuleDict({"a": TorchLoss(pos_weight=torch.rand(3))})
+        self.also = self.losses["a"]
+        self.by_hand = TorchLoss(weight=torch.rand(3), reduction="sum")
+
+
+def test_convert(device):
+    model = Model().to(device).double()
+    model.by_hand.eval()
+    called = []
+    model.by_hand.register_forward_hook(lambda *_: called.append(True))
+    state, data = copy.deepcopy(model.state_dict()), batch(device)
+    kept = {name: id(module) for name, module in model.named_modules()}
+    expected = {name: getattr(model, name)(*data) for name in ("also", "by_hand")}
+
+    assert fused_bce.convert(model) is model
+    assert {name: id(module) for name, module in model.named_modules()} == kept
+    assert model.also is model.losses["a"]
+    assert (model.also.training, model.by_hand.training) == (True, False)
+    assert model.by_hand.reduction == "sum"
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+    called.clear()
+    for name, loss in expected.items():
+        assert type(getattr(model, name)) is fused_bce.BCEWithLogitsLoss
+        assert is_fused(getattr(model, name)(*data))
+        torch.testing.assert_close(getattr(model, name)(*data), loss)
+    assert called == [True, True]
+    assert type(model.head) is torch.nn.Linear
+
+
+def test_convert_the_model_itself():
+    assert type(fused_bce.convert(TorchLoss())) is fused_bce.BCEWithLogitsLoss
+
+
+def test_convert_leaves_subclasses_alone():
+    class Doubled(TorchLoss):
+        def forward(self, input, target):
+            return 2 * super().forward(input, target)
+
+    model = torch.nn.Sequential(Doubled(), torch.nn.BCELoss(), fused_bce.BCEWithLogitsLoss())
+    classes = [type(module) for module in model]
+    assert [type(module) for module in fused_bce.convert(model)] == classes
+
+
+def test_convert_while_patched():
+    model = torch.nn.Sequential(TorchLoss())
+    with fused_bce.patch():
+        assert type(fused_bce.convert(model)[0]) is fused_bce.BCEWithLogitsLoss
