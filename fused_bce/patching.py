@@ -1,50 +1,39 @@
 """The fused loss for code that nobody edits."""
 
 import torch
+import torch.nn.functional as F
 
 from fused_bce import functional
 from fused_bce.modules import BCEWithLogitsLoss
 
 _torch_class = torch.nn.BCEWithLogitsLoss
-
-# torch.nn.modules.loss.BCEWithLogitsLoss stays torch's: pickle looks its instances up there. They
-# call the function below.
-_REPLACEMENTS = (
-    (torch.nn, "BCEWithLogitsLoss", BCEWithLogitsLoss),
-    (torch.nn.modules, "BCEWithLogitsLoss", BCEWithLogitsLoss),
-    (
-        torch.nn.functional,
-        "binary_cross_entropy_with_logits",
-        functional.binary_cross_entropy_with_logits,
-    ),
-)
-_originals: list = []  # what stood in their place; empty while nothing is patched
+_originals: list = []  # what stood in the place of ours; empty while nothing is patched
 
 
 class patch:
-    """Replaces ``torch.nn.BCEWithLogitsLoss`` and
-    ``torch.nn.functional.binary_cross_entropy_with_logits`` by the fused ones.
+    """Replaces ``torch.nn.functional.binary_cross_entropy_with_logits`` by the fused loss, and
+    with it what ``torch.nn.BCEWithLogitsLoss`` computes.
 
     As a call, until :func:`unpatch`; as a context manager, until its end, also if that is an
-    exception, unless they were replaced already when it began::
+    exception, unless it was replaced already when it began::
 
         fused_bce.patch()
 
         with fused_bce.patch():
             train()
 
-    It holds for the whole process, all threads included. Instances of torch's class take the fused
-    path too, whenever they were made, for they call the function.
+    It holds for the whole process, all threads included. The class itself stays torch's: its
+    ``forward`` looks the function up in each call, so that every instance takes the fused path,
+    whenever it was made, and is still what ``isinstance`` and ``pickle`` expect. For the arguments
+    that torch's class does not have, use :class:`fused_bce.BCEWithLogitsLoss`.
 
     Out of reach:
-        - a function imported by name before, ``from torch.nn.functional import
-          binary_cross_entropy_with_logits``, in the module that did so;
-        - a class imported by name before stays torch's, as does
-          ``torch.nn.modules.loss.BCEWithLogitsLoss``: what is made of it is fused, but fails
-          ``isinstance(..., torch.nn.BCEWithLogitsLoss)`` while that is ours;
+        - the function imported by name before, ``from torch.nn.functional import
+          binary_cross_entropy_with_logits``, in the module that did so; and one that was imported
+          by name meanwhile stays ours there;
         - ``torch.binary_cross_entropy_with_logits``, the operator below the function;
-        - what was compiled, traced, scripted or exported before, and what was while patched keeps
-          the fused loss.
+        - what was compiled, traced, scripted or exported before; and what was meanwhile keeps the
+          fused loss.
     """
 
     def __init__(self):
@@ -63,14 +52,13 @@ class patch:
 def unpatch() -> None:
     """Puts back what :class:`patch` replaced; does nothing if nothing is replaced."""
     while _originals:
-        setattr(*_originals.pop())
+        F.binary_cross_entropy_with_logits = _originals.pop()
 
 
 def _replace() -> None:
     if not _originals:
-        _originals.extend((owner, name, getattr(owner, name)) for owner, name, _ in _REPLACEMENTS)
-        for replacement in _REPLACEMENTS:
-            setattr(*replacement)
+        _originals.append(F.binary_cross_entropy_with_logits)
+        F.binary_cross_entropy_with_logits = functional.binary_cross_entropy_with_logits
 
 
 def convert(model: torch.nn.Module) -> torch.nn.Module:
