@@ -25,15 +25,16 @@ auto op(const char* name) {
 }
 
 Tensor call_loss(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                 const OptionalTensor& pos_weight, int64_t reduction, OptionalDtype dtype) {
+                 const OptionalTensor& pos_weight, int64_t reduction, OptionalDtype dtype,
+                 const OptionalTensor& divisor) {
   static const auto loss = op<LossSignature>("fused_bce::binary_cross_entropy_with_logits");
-  return loss.call(logits, target, weight, pos_weight, reduction, dtype);
+  return loss.call(logits, target, weight, pos_weight, reduction, dtype, divisor);
 }
 
 // What a backward starts from.
 struct Saved {
   Tensor logits, target;
-  OptionalTensor weight, pos_weight;
+  OptionalTensor weight, pos_weight, divisor;
   int64_t reduction;
 
   // In the dtype of the arithmetic: half types would lose digits, and a float64 number times a
@@ -47,7 +48,8 @@ struct Saved {
   // grad_loss * weight, over N for mean
   Tensor factor(const Tensor& grad_loss) const {
     Tensor factor = widened(grad_loss);
-    if (reduction == at::Reduction::Mean) factor = factor / logits.numel();
+    if (reduction == at::Reduction::Mean)
+      factor = divisor ? factor / divisor->masked_fill(*divisor == 0, 1) : factor / at::Scalar(logits.sym_numel());
     return weight ? factor * widened(*weight) : factor;
   }
 
@@ -78,25 +80,38 @@ bool is_transformed(const Tensor& t) {
   return t.key_set().has_any(kBatched) || has_tangent(t);
 }
 
+// stored * grad_loss, in place if nobody else holds it; compiled autograd does.
+Tensor scaled(Tensor stored, const Tensor& grad_loss) {
+  const bool shared = stored.use_count() > 1;
+  // A trace or a shard: in torch's own words, which compilers fuse and DTensor knows.
+  if (stored.key_set().has_any(c10::python_ks))
+    return shared ? (stored * grad_loss).to(stored.scalar_type()) : stored.mul_(grad_loss);
+  if (shared) stored = stored.clone();
+  static const auto scale = op<ScaleSignature>("fused_bce::scale_");
+  scale.call(stored, grad_loss);
+  return stored;
+}
+
 constexpr const char* kGradLogits = "grad_logits";
 
 struct BCEWithLogitsFunction : torch::autograd::Function<BCEWithLogitsFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target,
                         const OptionalTensor& weight, const OptionalTensor& pos_weight,
-                        int64_t reduction, OptionalDtype dtype) {
+                        int64_t reduction, OptionalDtype dtype, const OptionalTensor& divisor) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     // Unpacked in every backward, so that in-place edits are noticed.
-    ctx->save_for_backward(
-        {logits, target, weight.value_or(Tensor()), pos_weight.value_or(Tensor())});
+    ctx->save_for_backward({logits, target, weight.value_or(Tensor()),
+                            pos_weight.value_or(Tensor()), divisor.value_or(Tensor())});
     ctx->saved_data["reduction"] = reduction;
 
     // A float16 gradient would underflow before the loss scale arrives in backward: it is computed
     // there.
     if (!logits.requires_grad() || logits.scalar_type() == at::kHalf)
-      return call_loss(logits, target, weight, pos_weight, reduction, dtype);
+      return call_loss(logits, target, weight, pos_weight, reduction, dtype, divisor);
 
     static const auto with_grad = op<LossAndGradSignature>("fused_bce::forward_with_grad");
-    auto [loss, grad_logits] = with_grad.call(logits, target, weight, pos_weight, reduction, dtype);
+    auto [loss, grad_logits] =
+        with_grad.call(logits, target, weight, pos_weight, reduction, dtype, divisor);
     ctx->saved_data[kGradLogits] = std::move(grad_logits);
     return loss;
   }
@@ -107,9 +122,10 @@ struct BCEWithLogitsFunction : torch::autograd::Function<BCEWithLogitsFunction> 
     const auto optional = [](const Tensor& t) {
       return t.defined() ? OptionalTensor(t) : std::nullopt;
     };
-    const Saved saved{saved_tensors[0], saved_tensors[1], optional(saved_tensors[2]),
-                      optional(saved_tensors[3]), ctx->saved_data["reduction"].toInt()};
-    variable_list grads(6);
+    const Saved saved{saved_tensors[0],           saved_tensors[1],
+                      optional(saved_tensors[2]), optional(saved_tensors[3]),
+                      optional(saved_tensors[4]), ctx->saved_data["reduction"].toInt()};
+    variable_list grads(7);
     if (ctx->needs_input_grad(1)) grads[1] = saved.grad_target(grad_loss);
     if (!ctx->needs_input_grad(0)) return grads;
 
@@ -125,15 +141,11 @@ struct BCEWithLogitsFunction : torch::autograd::Function<BCEWithLogitsFunction> 
         std::any_of(saved_tensors.begin(), saved_tensors.end(), has_tangent)) {
       grads[0] = saved.differentiable_grad_logits(grad_loss);
     } else if (stored.defined()) {
-      // Compiled autograd keeps a reference; what others hold is not scaled in place.
-      if (stored.use_count() > 1) stored = stored.clone();
-      static const auto scale = op<ScaleSignature>("fused_bce::scale_");
-      scale.call(stored, grad_loss);
-      grads[0] = std::move(stored);
+      grads[0] = scaled(std::move(stored), grad_loss);
     } else {
       static const auto recompute = op<GradSignature>("fused_bce::backward");
       grads[0] = recompute.call(grad_loss, saved.logits, saved.target, saved.weight,
-                                saved.pos_weight, saved.reduction);
+                                saved.pos_weight, saved.reduction, saved.divisor);
     }
     return grads;
   }
@@ -147,7 +159,8 @@ void check_not_differentiated(const char* name, const OptionalTensor& t) {
 }
 
 Tensor autograd(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                const OptionalTensor& pos_weight, int64_t reduction, OptionalDtype dtype) {
+                const OptionalTensor& pos_weight, int64_t reduction, OptionalDtype dtype,
+                const OptionalTensor& divisor) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       !has_tangent(logits) && !has_tangent(target),
       "fused_bce has no forward-mode derivative; fused_bce.functional leaves it to torch");
@@ -155,21 +168,23 @@ Tensor autograd(const Tensor& logits, const Tensor& target, const OptionalTensor
     check_not_differentiated("weight", weight);
     check_not_differentiated("pos_weight", pos_weight);
     if (logits.requires_grad() || target.requires_grad())
-      return BCEWithLogitsFunction::apply(logits, target, weight, pos_weight, reduction, dtype);
+      return BCEWithLogitsFunction::apply(logits, target, weight, pos_weight, reduction, dtype,
+                                          divisor);
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return call_loss(logits, target, weight, pos_weight, reduction, dtype);
+  return call_loss(logits, target, weight, pos_weight, reduction, dtype, divisor);
 }
 
 // Autocast runs this loss in float32. The kernel widens as it reads, so that only the dtype of the
 // result is set, and no operand is cast in memory.
 template <c10::DeviceType device>
 Tensor autocast(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                const OptionalTensor& pos_weight, int64_t reduction, OptionalDtype) {
+                const OptionalTensor& pos_weight, int64_t reduction, OptionalDtype,
+                const OptionalTensor& divisor) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(device));
   const auto dtype = target.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return call_loss(logits, target, weight, pos_weight, reduction, dtype);
+  return call_loss(logits, target, weight, pos_weight, reduction, dtype, divisor);
 }
 
 }  // namespace

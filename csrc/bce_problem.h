@@ -39,9 +39,11 @@ struct Problem {
   DType loss_dtype = DType::kFloat32;
   void* grad_logits = nullptr;  // [numel], in the dtype of the logits
 
-  // The gradient's factors: 1/N for mean, and in backward grad_loss, one number or one for each
-  // element.
-  double grad_scale = 1.0;
+  // What mean divides by, as a number or as one in the memory of the GPU, where 0 counts as 1:
+  // nothing was counted, and the sum is 0. Else 1.
+  double divisor = 1.0;
+  const double* divisor_on_gpu = nullptr;
+  // In backward: one number, or one for each element.
   Broadcast grad_loss;
 };
 

@@ -151,11 +151,12 @@ Broadcast broadcast_along(const char* name, Tensor& t, const Tensor& anchor, boo
 // A call with everything that its pointers refer to.
 struct Call {
   c10::DeviceGuard device;
-  Tensor anchor, logits, target, weight, pos_weight, grad_loss;
+  Tensor anchor, logits, target, weight, pos_weight, grad_loss, divisor;
   Problem problem;
 
   Call(const Tensor& anchor_, const Tensor& logits_, const Tensor& target_,
-       const OptionalTensor& weight_, const OptionalTensor& pos_weight_, int64_t reduction)
+       const OptionalTensor& weight_, const OptionalTensor& pos_weight_, int64_t reduction,
+       const OptionalTensor& divisor_)
       : device(anchor_.device()), anchor(anchor_of(anchor_)), logits(logits_), target(target_) {
     TORCH_CHECK_VALUE(reduction >= 0 && reduction < at::Reduction::END, reduction,
                       " is not a valid value for reduction");
@@ -182,8 +183,22 @@ struct Call {
       pos_weight = *pos_weight_;
       problem.pos_weight = broadcast_along("pos_weight", pos_weight, anchor, in_double);
     }
-    if (problem.reduction == Reduction::kMean)
-      problem.grad_scale = 1.0 / static_cast<double>(problem.numel);
+    if (problem.reduction == Reduction::kMean) set_divisor(divisor_);
+  }
+
+  void set_divisor(const OptionalTensor& given) {
+    problem.divisor = static_cast<double>(problem.numel);
+    if (!given) return;
+    TORCH_CHECK(given->dim() == 0, "divisor has shape ", given->sizes(), ", but must be a number");
+    if (given->is_cpu()) {
+      const double value = given->item<double>();
+      problem.divisor = value == 0 ? 1 : value;
+    } else {
+      TORCH_CHECK(given->device() == anchor.device(), "logits are on ", anchor.device(),
+                  " but divisor is on ", given->device());
+      divisor = given->to(at::kDouble);
+      problem.divisor_on_gpu = divisor.const_data_ptr<double>();
+    }
   }
 
   Tensor new_loss(at::ScalarType dtype) {
@@ -220,10 +235,11 @@ struct Call {
 };
 
 Tensor forward(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-               const OptionalTensor& pos_weight, int64_t reduction, OptionalDtype dtype) {
+               const OptionalTensor& pos_weight, int64_t reduction, OptionalDtype dtype,
+               const OptionalTensor& divisor) {
   check_operands(logits, target, weight, pos_weight);
   const Tensor& anchor = reduction == at::Reduction::None ? target : logits;
-  Call call(anchor, logits, target, weight, pos_weight, reduction);
+  Call call(anchor, logits, target, weight, pos_weight, reduction, divisor);
   Tensor loss = call.new_loss(dtype.value_or(target.scalar_type()));
   call.launch();
   return loss;
@@ -232,10 +248,10 @@ Tensor forward(const Tensor& logits, const Tensor& target, const OptionalTensor&
 std::tuple<Tensor, Tensor> forward_with_grad(const Tensor& logits, const Tensor& target,
                                              const OptionalTensor& weight,
                                              const OptionalTensor& pos_weight, int64_t reduction,
-                                             OptionalDtype dtype) {
+                                             OptionalDtype dtype, const OptionalTensor& divisor) {
   check_operands(logits, target, weight, pos_weight);
   const Tensor& anchor = reduction == at::Reduction::None ? target : logits;
-  Call call(anchor, logits, target, weight, pos_weight, reduction);
+  Call call(anchor, logits, target, weight, pos_weight, reduction, divisor);
   Tensor loss = call.new_loss(dtype.value_or(target.scalar_type()));
   const Tensor grad_logits = call.new_grad_logits();
   call.launch();
@@ -243,12 +259,13 @@ std::tuple<Tensor, Tensor> forward_with_grad(const Tensor& logits, const Tensor&
 }
 
 Tensor backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
-                const OptionalTensor& weight, const OptionalTensor& pos_weight, int64_t reduction) {
+                const OptionalTensor& weight, const OptionalTensor& pos_weight, int64_t reduction,
+                const OptionalTensor& divisor) {
   check_operands(logits, target, weight, pos_weight);
   const bool none = reduction == at::Reduction::None;
   TORCH_CHECK(none ? grad_loss.sizes() == logits.sizes() : grad_loss.numel() == 1,
               "grad_loss has shape ", grad_loss.sizes(), ", which is not that of the loss");
-  Call call(logits, logits, target, weight, pos_weight, reduction);
+  Call call(logits, logits, target, weight, pos_weight, reduction, divisor);
   call.grad_loss = grad_loss;
   call.problem.grad_loss =
       broadcast_along("grad_loss", call.grad_loss, call.anchor, computes_in_double(call.problem));
@@ -292,13 +309,15 @@ void register_ops() {
       *new torch::Library(torch::Library::DEF, "fused_bce", std::nullopt, __FILE__, __LINE__);
   definitions.def(
       "binary_cross_entropy_with_logits(Tensor logits, Tensor target, Tensor? weight=None, "
-      "Tensor? pos_weight=None, int reduction=1, ScalarType? dtype=None) -> Tensor");
+      "Tensor? pos_weight=None, int reduction=1, ScalarType? dtype=None, Tensor? divisor=None) "
+      "-> Tensor");
   definitions.def(
       "forward_with_grad(Tensor logits, Tensor target, Tensor? weight, Tensor? pos_weight, "
-      "int reduction, ScalarType? dtype=None) -> (Tensor loss, Tensor grad_logits)");
+      "int reduction, ScalarType? dtype=None, Tensor? divisor=None) "
+      "-> (Tensor loss, Tensor grad_logits)");
   definitions.def(
       "backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, "
-      "Tensor? pos_weight, int reduction) -> Tensor");
+      "Tensor? pos_weight, int reduction, Tensor? divisor=None) -> Tensor");
   definitions.def("scale_(Tensor(a!) grad_logits, Tensor grad_loss) -> ()");
 
   for (const auto key : kBackends) {

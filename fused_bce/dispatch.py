@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import sys
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.overrides import has_torch_function_variadic
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fused_bce import _C
+from fused_bce.registrations import ensure_sharding
 
 logger = logging.getLogger("fused_bce")
 
@@ -20,7 +22,6 @@ _POS_WEIGHTS = _FLOATS | _INTEGERS
 
 _keys = torch._C._dispatch_keys
 _functorch_level = torch._C._functorch.peek_interpreter_stack
-_dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing_state = torch._C._get_tracing_state
 
 
@@ -38,6 +39,7 @@ def _key_set(*keys: str) -> int:
 
 
 _CUDA_ARCHS = _C.build_info()["cuda_archs"]
+_DEVICE_TYPES = ("cpu", "cuda") if _CUDA_ARCHS else ("cpu",)
 _CUDA_KEYS = _key_set("CUDA", "AutogradCUDA", "AutocastCUDA")
 _CUDA_BIT = _CUDA_KEYS & ~_plain_keys()
 _NOT_PLAIN = ~(_plain_keys() | (_CUDA_KEYS if _CUDA_ARCHS else 0))
@@ -62,7 +64,7 @@ def why_not_fused(
         'target has dtype torch.int64'
     """
     if torch.compiler.is_compiling():
-        return "torch.compile fuses torch's own function"
+        return _why_not_traced(input, target, weight, pos_weight)
     if has_torch_function_variadic(input, target, weight, pos_weight) and not _only_default_device(
         input, target, weight, pos_weight
     ):
@@ -71,15 +73,15 @@ def why_not_fused(
         return "inside a torch.func transform"
     if forward_ad._current_level >= 0:
         return "inside forward-mode differentiation"
-    if _dispatch_modes():
-        return "inside a __torch_dispatch__ mode"
     if _tracing_state() is not None:
         return "inside torch.jit.trace"
     try:
         input_keys, target_keys = _keys(input).raw_repr(), _keys(target).raw_repr()
     except TypeError:
         return "input or target is not a tensor"
-    if (input_keys | target_keys) & _NOT_PLAIN:
+    if (input_keys | target_keys) & _NOT_PLAIN and not are_shards(
+        input, target, weight, pos_weight
+    ):
         return _what_is(*((input, "input") if input_keys & _NOT_PLAIN else (target, "target")))
     if (input_keys | target_keys) & _CUDA_BIT:
         if input.device != target.device:
@@ -101,10 +103,52 @@ def why_not_fused(
     return None
 
 
+def _why_not_traced(input, target, weight, pos_weight) -> str | None:
+    """The same for a call that torch.compile or torch.export sees: in what they can follow."""
+    # torch.export itself is such a mode.
+    if torch.compiler.is_dynamo_compiling() and has_torch_function_variadic(
+        input, target, weight, pos_weight
+    ):
+        return "a tensor subclass or mode overrides torch functions"
+    if _transformed():
+        return "inside a torch.func transform or forward-mode differentiation"
+    for tensor, name, dtypes in (
+        (input, "input", _FLOATS),
+        (target, "target", _FLOATS),
+        (weight, "weight", _WEIGHTS),
+        (pos_weight, "pos_weight", _POS_WEIGHTS),
+    ):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            return f"{name} is not a tensor"
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            return f"{name} is not an ordinary tensor"
+        if tensor.device.type not in _DEVICE_TYPES:
+            return f"{name} is on a device without a fused kernel"
+        if tensor.device != input.device and not (tensor.is_cpu and tensor.dim() == 0):
+            return f"{name} is on another device"
+        if tensor.dtype not in dtypes:
+            return f"{name} has dtype {tensor.dtype}"
+    if input.shape != target.shape:
+        return "input and target differ in size"
+    if torch.is_grad_enabled():
+        for tensor, name in ((weight, "weight"), (pos_weight, "pos_weight")):
+            if tensor is not None and tensor.requires_grad:
+                return f"{name} requires a gradient"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _transformed() -> bool:
+    # Compiled code is guarded by the transforms that it was traced in.
+    return _functorch_level() is not None or forward_ad._current_level >= 0
+
+
 def _why_not_weight(name: str, weight: Tensor, dtypes: frozenset, input: Tensor) -> str | None:
     if not isinstance(weight, Tensor):
         return f"{name} is not a tensor"
-    if _keys(weight).raw_repr() & _NOT_PLAIN:
+    if _keys(weight).raw_repr() & _NOT_PLAIN and not are_shards(weight):
         return _what_is(weight, name)
     if weight.dtype not in dtypes:
         return f"{name} has dtype {weight.dtype}"
@@ -123,6 +167,15 @@ def _only_default_device(*arguments: Tensor | None) -> bool:
     return all(type(a) in ordinary for a in arguments) and all(
         type(mode) is torch.utils._device.DeviceContext for mode in modes
     )
+
+
+def are_shards(*tensors: Tensor | None) -> bool:
+    """Whether all of them are DTensors, whose shards the kernels compute on."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None or not all(t is None or isinstance(t, module.DTensor) for t in tensors):
+        return False
+    ensure_sharding()
+    return True
 
 
 @functools.cache

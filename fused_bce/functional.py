@@ -6,8 +6,10 @@ from torch.nn import _reduction
 from torch.nn.functional import binary_cross_entropy_with_logits as torch_bce
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fused_bce.autograd import BCEWithLogitsFunction
-from fused_bce.dispatch import log_once, why_not_fused
+from fused_bce.dispatch import are_shards, log_once, why_not_fused
+
+_UNSHARDED = (Tensor, torch.nn.Parameter)
+_loss = torch.ops.fused_bce.binary_cross_entropy_with_logits.default
 
 __all__ = ["binary_cross_entropy_with_logits"]
 
@@ -55,16 +57,21 @@ def binary_cross_entropy_with_logits(
 
 
 def _fused_or_torch(input, target, weight, size_average, reduce, reduction, pos_weight):
+    legacy = size_average is not None or reduce is not None
     reason = why_not_fused(input, target, weight, pos_weight)
-    if reason is not None:
+    if reason is not None or (legacy and torch.compiler.is_compiling()):
         if not torch.compiler.is_compiling():
             log_once(reason)
         return _torch(input, target, weight, size_average, reduce, reduction, pos_weight)
-    if size_average is not None or reduce is not None:
+    if legacy:
         reduction_enum = _reduction.legacy_get_enum(size_average, reduce)
     else:
         reduction_enum = _reduction.get_enum(reduction)
-    return BCEWithLogitsFunction.apply(input, target, weight, pos_weight, reduction_enum)
+    if type(input) in _UNSHARDED or not are_shards(input) or input.numel() == 0:
+        return _loss(input, target, weight, pos_weight, reduction_enum)
+    # Each process adds its shard's part of the mean over the whole.
+    divisor = torch.full((), input.numel(), dtype=torch.float64, device=input.device)
+    return _loss(input, target, weight, pos_weight, reduction_enum, divisor=divisor)
 
 
 def _torch(input, target, weight, size_average, reduce, reduction, pos_weight):

@@ -283,37 +283,6 @@ def test_fx_symbolic_trace(reduction, device):
     check_values(graph_module(*data), graph_module, theirs, data)
 
 
-@by_reduction
-def test_compile(reduction, device):
-    (ours, theirs), data = classifiers(device, reduction=reduction)
-    graphs = []
-
-    def backend(graph_module, example_inputs):
-        graphs.append(graph_module)
-        return graph_module.forward
-
-    compiled = torch.compile(ours, fullgraph=True, backend=backend)
-    check_values(compiled(*data), ours, theirs, data)
-    assert len(graphs) == 1
-    eager = torch.compile(fused, fullgraph=True, backend="eager")
-    logits, target = batch(device)
-    assert_double_close(
-        eager(logits, target, reduction=reduction), torch_bce(logits, target, reduction=reduction)
-    )
-
-
-def test_make_fx(device):
-    logits, target = (t.detach() for t in batch(device))
-    traced = torch.fx.experimental.proxy_tensor.make_fx(lambda x, t: fused(x, t))(logits, target)
-    assert_double_close(traced(logits + 1, target), torch_bce(logits + 1, target))
-
-
-def test_export(device):
-    (ours, theirs), data = classifiers(device)
-    exported = torch.export.export(ours, tuple(data)).module()
-    assert_double_close(exported(*data), theirs(*data))
-
-
 class Recording(torch.Tensor):
     """A subclass that changes nothing and notes the functions that it passes through."""
 
@@ -488,7 +457,12 @@ def test_a_build_without_cuda_kernels_leaves_the_gpu_to_torch():
 
 
 class Passing(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function)
         return function(*args, **(kwargs or {}))
 
 
@@ -499,7 +473,6 @@ class FunctionMode(torch.overrides.TorchFunctionMode):
 
 MODES = {
     "forward_mode": (forward_ad.dual_level, "inside forward-mode differentiation"),
-    "dispatch_mode": (Passing, "inside a __torch_dispatch__ mode"),
     "function_mode": (FunctionMode, "a tensor subclass or mode overrides torch functions"),
 }
 
@@ -547,15 +520,14 @@ def test_why_not_fused_inside_a_trace(device):
     assert reasons == ["inside torch.jit.trace"]
 
 
-def test_why_not_fused_when_compiled(device):
-    logits, target = (t.detach() for t in batch(device))
-
-    def loss(x):
-        return fused(x, target), why_not_fused(x, target)
-
-    value, reason = torch.compile(loss, backend="eager", fullgraph=True)(logits)
-    assert reason == "torch.compile fuses torch's own function"
-    assert_double_close(value, torch_bce(logits, target))
+def test_a_dispatch_mode_sees_the_operator(device):
+    logits, target = batch(device)
+    with Passing() as mode:
+        assert why_not_fused(logits, target) is None
+        loss = fused(logits, target)
+    assert is_fused(loss)
+    assert torch.ops.fused_bce.forward_with_grad.default in mode.seen
+    assert_double_close(loss, torch_bce(logits, target))
 
 
 def test_why_not_fused_forgives_weights_where_no_gradient_is_taken(device):

@@ -266,7 +266,7 @@ double run_range(const Problem& p, int64_t begin, int64_t end) {
     tile.pos_weight = pos_weight.tile(i, count);
     tile.losses = losses.tile(i, count);
     tile.grad_logits = grad_logits.tile(i, count);
-    tile.grad_scale = static_cast<T>(p.grad_scale);
+    tile.grad_scale = static_cast<T>(1 / p.divisor);
     sum += run(tile);
     losses.finish(i, count);
     grad_logits.finish(i, count);

@@ -45,8 +45,7 @@ void launch_cpu(const Problem& problem) {
 
   double sum = 0;
   for (const double s : sums) sum += s;
-  if (problem.reduction == Reduction::kMean) sum /= static_cast<double>(problem.numel);
-  store(sum, problem.loss_dtype, problem.loss);
+  store(sum / problem.divisor, problem.loss_dtype, problem.loss);
 }
 
 }  // namespace fused_bce

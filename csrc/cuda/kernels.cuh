@@ -43,9 +43,14 @@ __device__ __forceinline__ double block_sum(double x) {
   return x;
 }
 
+__device__ __forceinline__ double divisor_of(const Problem& p) {
+  if (!p.divisor_on_gpu) return p.divisor;
+  const double divisor = *p.divisor_on_gpu;
+  return divisor == 0 ? 1 : divisor;
+}
+
 __device__ __forceinline__ void store_loss(const Problem& p, double sum) {
-  if (p.reduction == Reduction::kMean) sum /= static_cast<double>(p.numel);
-  store_any(sum, p.loss_dtype, 0, p.loss);
+  store_any(sum / divisor_of(p), p.loss_dtype, 0, p.loss);
 }
 
 // Whether this is the block that finishes last; then it sees what the others wrote.
@@ -180,7 +185,7 @@ __global__ void __launch_bounds__(kThreads)
     bce_kernel(const __grid_constant__ Arguments a, Workspace workspace) {
   using C = typename Shape<L, T>::C;
   const Problem& p = a.problem;
-  C grad_scale = static_cast<C>(p.grad_scale);
+  C grad_scale = static_cast<C>(1 / divisor_of(p));
   if (a.grad_loss_number.data)
     grad_scale *= load_any<C>(a.grad_loss_number.data, a.grad_loss_number.dtype, 0);
 

@@ -1,0 +1,150 @@
+"""Train on the digits data in several processes, and compare with one.
+
+    torchrun --nproc-per-node 2 examples/train_distributed.py
+    torchrun --nproc-per-node 2 examples/train_distributed.py --parallel labels
+
+``batch``: every process takes its share of a batch; DistributedDataParallel averages gradients.
+``labels``: the classification head and with it the logits are sharded over the labels, as DTensors.
+Each process computes the loss of its own labels, and the logits are never gathered.
+
+In both, process 0 also trains alone, with torch's loss. The two loss curves must lie on each other:
+exits with status 1 if they do not.
+"""
+
+import argparse
+import math
+
+import torch
+import torch.distributed as dist
+from sklearn.datasets import load_digits
+from sklearn.preprocessing import LabelBinarizer
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+import fused_bce
+
+# Shares of a batch are added up in another order: some 1e-7, to which every step of training adds.
+CURVE_TOLERANCE = 1e-4  # relative, of an epoch's loss
+
+BATCH_SIZE = 96
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """Images [N, 64] in [0, 1], and ten yes/no labels for each [N, 10]."""
+    images, digit = load_digits(return_X_y=True)
+    labels = LabelBinarizer().fit_transform(digit)
+    whole_batches = len(images) // BATCH_SIZE * BATCH_SIZE
+    return (
+        torch.from_numpy(images / 16).float()[:whole_batches],
+        torch.from_numpy(labels).float()[:whole_batches],
+    )
+
+
+def network(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+class ByBatch:
+    """Every process has the whole network and sees its share of each batch."""
+
+    def __init__(self, model: nn.Module):
+        self.model = DistributedDataParallel(model)
+        self.criterion = fused_bce.BCEWithLogitsLoss()
+
+    def loss(self, x: Tensor, target: Tensor) -> Tensor:
+        share = slice(dist.get_rank(), None, dist.get_world_size())
+        return self.criterion(self.model(x[share]), target[share])
+
+    def value(self, loss: Tensor) -> float:
+        """The mean over the whole batch."""
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        return total.item() / dist.get_world_size()
+
+
+class ByLabels:
+    """Every process has its share of the labels, and sees the whole of each batch."""
+
+    def __init__(self, model: nn.Module):
+        self.mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        head = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
+        self.model = parallelize_module(model, self.mesh, {"2": head})
+        self.criterion = fused_bce.BCEWithLogitsLoss()
+
+    def loss(self, x: Tensor, target: Tensor) -> Tensor:
+        sharded = distribute_tensor(target, self.mesh, [Shard(1)], src_data_rank=None)
+        return self.criterion(self.model(x), sharded)
+
+    def value(self, loss: DTensor) -> float:
+        """The loss is a partial sum until somebody asks for it."""
+        return loss.redistribute(placements=[Replicate()]).to_local().item()
+
+
+class Alone:
+    """One process, torch's loss."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.criterion = nn.BCEWithLogitsLoss()
+
+    def loss(self, x: Tensor, target: Tensor) -> Tensor:
+        return self.criterion(self.model(x), target)
+
+    def value(self, loss: Tensor) -> float:
+        return loss.item()
+
+
+def train(way, epochs: int, seed: int) -> list[float]:
+    """The mean loss of each epoch."""
+    x, target = digits()
+    # foreach would put the head's DTensors and the other layers' tensors into one operation.
+    optimizer = torch.optim.SGD(way.model.parameters(), lr=0.2, momentum=0.9, foreach=False)
+    generator = torch.Generator().manual_seed(seed)
+    curve = []
+    for _ in range(epochs):
+        batches = torch.randperm(len(x), generator=generator).split(BATCH_SIZE)
+        values = []
+        for batch in batches:
+            optimizer.zero_grad()
+            loss = way.loss(x[batch], target[batch])
+            loss.backward()
+            optimizer.step()
+            values.append(way.value(loss))
+        curve.append(math.fsum(values) / len(values))
+    return curve
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parallel", choices=("batch", "labels"), default="batch")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    dist.init_process_group("gloo")
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    way = {"batch": ByBatch, "labels": ByLabels}[arguments.parallel]
+    curve = train(way(network(arguments.seed)), arguments.epochs, arguments.seed)
+    dist.barrier()
+    dist.destroy_process_group()
+    if rank == 0:
+        alone = train(Alone(network(arguments.seed)), arguments.epochs, arguments.seed)
+        compare(curve, alone, f"{processes} processes, by {arguments.parallel}, fused_bce")
+
+
+def compare(curve: list[float], alone: list[float], name: str) -> None:
+    print(f"epoch   {name:>40}   one process, torch.nn")
+    for epoch, (ours, theirs) in enumerate(zip(curve, alone, strict=True), start=1):
+        print(f"{epoch:5}   {ours:40.7f}   {theirs:21.7f}")
+    largest = max(abs(a - b) / b for a, b in zip(curve, alone, strict=True))
+    print(f"largest relative difference {largest:.1e}")
+    if not largest <= CURVE_TOLERANCE:
+        raise SystemExit("the loss curves differ")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""What PyTorch must know of the operators beside their kernels (csrc/ops.cpp) and their gradient
+(csrc/autograd.cpp): the shapes that they return, for tracing, and how they are sharded."""
+
+import functools
+
+import torch
+from torch import Tensor
+from torch._prims_common import is_non_overlapping_and_dense_or_false
+
+ops = torch.ops.fused_bce
+
+_NONE = 0  # torch.nn._reduction's number
+
+
+def _like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the kernels allocate: the tensor's layout where it is dense, else contiguous."""
+    if is_non_overlapping_and_dense_or_false(tensor):
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=tensor.device)
+    return torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
+
+
+@torch.library.register_fake(ops.binary_cross_entropy_with_logits.default)
+def _(logits, target, weight=None, pos_weight=None, reduction=1, dtype=None, divisor=None):
+    if target.shape != logits.shape:
+        raise ValueError(
+            f"Target size ({target.shape}) must be the same as input size ({logits.shape})"
+        )
+    # Raises where a weight does not broadcast into the logits.
+    for operand in (pos_weight, weight):
+        if operand is not None:
+            operand.expand(logits.shape)
+    dtype = dtype or target.dtype
+    return _like(target, dtype) if reduction == _NONE else logits.new_empty((), dtype=dtype)
+
+
+@torch.library.register_fake(ops.forward_with_grad.default)
+def _(logits, target, weight, pos_weight, reduction, dtype=None, divisor=None):
+    loss = ops.binary_cross_entropy_with_logits(
+        logits, target, weight, pos_weight, reduction, dtype, divisor
+    )
+    return loss, _like(logits, logits.dtype)
+
+
+@torch.library.register_fake(ops.backward.default)
+def _(grad_loss, logits, target, weight, pos_weight, reduction, divisor=None):
+    return _like(logits, logits.dtype)
+
+
+@torch.library.register_fake(ops.scale_.default)
+def _(grad_logits, grad_loss):
+    return None
+
+
+@torch.compiler.assume_constant_result  # nothing for a graph
+def ensure_sharding() -> None:
+    """Tells DTensor how the operators are sharded: when the first one is seen, for importing it
+    takes seconds."""
+    _register_sharding()
+
+
+@functools.cache
+def _register_sharding() -> None:
+    from torch.distributed.tensor import Partial, Replicate, Shard
+    from torch.distributed.tensor.experimental import register_sharding
+
+    def placements_of_weight(weight, logits, dim):
+        if weight is None:
+            return None
+        own = dim - (logits.ndim - weight.ndim)
+        sharded = own >= 0 and weight.shape[own] == logits.shape[dim]
+        return Shard(own) if sharded else Replicate()
+
+    def shardings(logits, weight, pos_weight, divisor, reduction):
+        """The placements of (loss or grad_loss, logits, weight, pos_weight, divisor): all
+        replicated, or logits and target sharded along one dimension."""
+        whole = Replicate()
+        yield whole, whole, weight and whole, pos_weight and whole, divisor and whole
+        for dim in range(logits.ndim):
+            yield (
+                Shard(dim) if reduction == _NONE else Partial("sum"),
+                Shard(dim),
+                placements_of_weight(weight, logits, dim),
+                placements_of_weight(pos_weight, logits, dim),
+                divisor and whole,
+            )
+
+    @register_sharding(ops.binary_cross_entropy_with_logits.default)
+    def _(logits, target, weight=None, pos_weight=None, reduction=1, dtype=None, divisor=None):
+        return [
+            ([loss], [x, x, w, p, None, None, d])
+            for loss, x, w, p, d in shardings(logits, weight, pos_weight, divisor, reduction)
+        ]
+
+    @register_sharding(ops.forward_with_grad.default)
+    def _(logits, target, weight, pos_weight, reduction, dtype=None, divisor=None):
+        return [
+            ([loss, x], [x, x, w, p, None, None, d])
+            for loss, x, w, p, d in shardings(logits, weight, pos_weight, divisor, reduction)
+        ]
+
+    @register_sharding(ops.backward.default)
+    def _(grad_loss, logits, target, weight, pos_weight, reduction, divisor=None):
+        return [
+            ([x], [loss if reduction == _NONE else Replicate(), x, x, w, p, None, d])
+            for loss, x, w, p, d in shardings(logits, weight, pos_weight, divisor, reduction)
+        ]

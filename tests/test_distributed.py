@@ -1,0 +1,308 @@
+"""DTensor, DistributedDataParallel and FSDP2, in two and four processes on the CPU (gloo)."""
+
+import math
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from helpers import REDUCTIONS, evaluate, fused, is_fused, torch_bce
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import (
+    Partial,
+    Replicate,
+    Shard,
+    distribute_tensor,
+    zeros,
+)
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+import fused_bce
+
+by_world_size = pytest.mark.parametrize("world_size", [2, 4])
+
+SECONDS = 120  # for processes that wait for each other for ever
+
+
+def run(check, world_size: int, tmp_path) -> None:
+    """Runs ``check(mesh)`` in that many processes; raises what one of them raised."""
+    address = f"file://{tmp_path}/rendezvous"
+    context = mp.spawn(_process, (world_size, address, check), world_size, join=False)
+    deadline = time.monotonic() + SECONDS
+    while not context.join(timeout=1):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            pytest.fail(f"the processes did not finish within {SECONDS} s")
+
+
+def _process(rank, world_size, address, check):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", address, rank=rank, world_size=world_size)
+    torch.manual_seed(0)  # all processes draw the same
+    check()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def meshes():
+    """One row of processes, and with four also a square of them."""
+    processes = dist.get_world_size()
+    yield init_device_mesh("cpu", (processes,))
+    if processes == 4:
+        yield init_device_mesh("cpu", (2, 2))
+
+
+def placements_of(mesh):
+    """Sharded over the batch, the labels or both, and not at all."""
+    rows, labels, whole = Shard(0), Shard(1), Replicate()
+    if mesh.ndim == 1:
+        return [(rows,), (labels,), (whole,)]
+    return [(rows, labels), (labels, rows), (rows, rows), (whole, labels), (rows, whole)]
+
+
+def draw_distributed(mesh, placements, shape, dtype=torch.float32, target_dtype=None):
+    logits = (torch.randn(shape, dtype=torch.float64) * 4).to(dtype)
+    target = torch.rand(shape, dtype=torch.float64).to(target_dtype or dtype)
+    weights = {
+        "weight": torch.rand(shape[0], 1) + 0.5,
+        "pos_weight": torch.rand(shape[1]) + 0.5,
+    }
+    whole = [Replicate()] * mesh.ndim
+    return (
+        (logits, target, weights),
+        (
+            distribute_tensor(logits, mesh, placements),
+            distribute_tensor(target, mesh, placements),
+            {name: distribute_tensor(w, mesh, whole) for name, w in weights.items()},
+        ),
+    )
+
+
+def expected_placements(placements, reduction):
+    if reduction == "none":
+        return placements
+    return tuple(Partial("sum") if isinstance(p, Shard) else p for p in placements)
+
+
+def widened(logits, target, weights):
+    return logits.double(), target.double(), {name: w.double() for name, w in weights.items()}
+
+
+def check_shards():
+    # 13 rows and 9 labels are even for no number of processes.
+    for mesh in meshes():
+        for placements in placements_of(mesh):
+            for shape in ((8, 12), (13, 9)):
+                for reduction in REDUCTIONS:
+                    check_shard(mesh, placements, shape, reduction)
+
+
+def check_shard(mesh, placements, shape, reduction):
+    whole, (logits, target, weights) = draw_distributed(mesh, placements, shape)
+    logits.requires_grad_()
+    with CommDebugMode() as communication:
+        loss = fused(logits, target, **weights, reduction=reduction)
+        (loss.sum() if reduction == "none" else loss).backward()
+    case = f"{placements} {shape} {reduction}"
+    assert is_fused(loss), case
+    assert loss.placements == expected_placements(placements, reduction), case
+    assert logits.grad.placements == placements, case
+    # Nothing is gathered or reduced until somebody asks for the value of the loss.
+    assert communication.get_total_counts() == 0, case
+
+    exact_logits, exact_target, exact_weights = widened(*whole)
+    exact = evaluate(torch_bce, exact_logits, exact_target, **exact_weights, reduction=reduction)
+    torch.testing.assert_close(
+        loss.full_tensor().double(), exact.loss, rtol=1e-6, atol=1e-6, msg=lambda m: case + m
+    )
+    torch.testing.assert_close(
+        logits.grad.full_tensor().double(), exact.grad_logits, rtol=1e-5, atol=1e-7
+    )
+
+
+def check_dtypes():
+    # float16 computes its gradient in backward, the others in forward.
+    (mesh, *_) = meshes()
+    for dtype, target_dtype in (
+        (torch.float64, torch.float64),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float16),
+    ):
+        for reduction in REDUCTIONS:
+            whole, (logits, target, weights) = draw_distributed(
+                mesh, (Shard(0),), (13, 9), dtype, target_dtype
+            )
+            logits.requires_grad_()
+            loss = fused(logits, target, **weights, reduction=reduction)
+            assert loss.dtype is target_dtype
+            # One number for each element, or one for all.
+            grad_loss = torch.rand(loss.shape, dtype=torch.float64).to(target_dtype)
+            loss.backward(distribute_tensor(grad_loss, mesh, [Replicate()]))
+            assert logits.grad.dtype is dtype
+            exact_logits, exact_target, exact_weights = widened(*whole)
+            exact = evaluate(
+                torch_bce,
+                exact_logits,
+                exact_target,
+                **exact_weights,
+                reduction=reduction,
+                grad_loss=grad_loss.double(),
+            )
+            # The shards' parts of the loss are rounded, and so is their sum.
+            rtol = 4 * max(torch.finfo(dtype).eps, torch.finfo(target_dtype).eps)
+            for got, want in ((loss, exact.loss), (logits.grad, exact.grad_logits)):
+                torch.testing.assert_close(
+                    got.full_tensor().double(), want, rtol=rtol, atol=rtol * want.abs().max().item()
+                )
+
+
+def check_backward_again():
+    (mesh, *_) = meshes()
+    _, (logits, target, weights) = draw_distributed(mesh, (Shard(0),), (13, 9), torch.float64)
+    logits.requires_grad_()
+    loss = fused(logits, target, **weights)
+    (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (differentiable,) = torch.autograd.grad(loss, logits, create_graph=True)
+    for other in (second, differentiable):
+        torch.testing.assert_close(other.full_tensor(), first.full_tensor())
+
+
+def check_empty():
+    (mesh, *_) = meshes()
+    empty = zeros((0, 3), device_mesh=mesh, placements=[Replicate()])
+    assert math.isnan(fused(empty, empty).full_tensor().item())
+
+
+def check_mixed():
+    # As torch's own function does with a tensor that nobody distributed.
+    (mesh, *_) = meshes()
+    logits = distribute_tensor(torch.randn(4, 4), mesh, [Shard(0)])
+    for function in (fused, torch_bce):
+        with pytest.raises(RuntimeError, match=r"mixed torch.Tensor and DTensor"):
+            function(logits, torch.rand(4, 4))
+
+
+def check_compiled():
+    (mesh, *_) = meshes()
+    for reduction in REDUCTIONS:
+        torch.compiler.reset()
+        whole, (logits, target, _) = draw_distributed(mesh, (Shard(0),), (13, 9))
+        logits.requires_grad_()
+        compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+        loss = compiled(logits, target, reduction=reduction)
+        assert loss.placements == expected_placements((Shard(0),), reduction)
+        (loss.sum() if reduction == "none" else loss).backward()
+        exact = evaluate(torch_bce, *widened(*whole)[:2], reduction=reduction)
+        torch.testing.assert_close(loss.full_tensor().double(), exact.loss, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            logits.grad.full_tensor().double(), exact.grad_logits, rtol=1e-5, atol=1e-7
+        )
+
+
+def check_dtensor():
+    check_shards()
+    check_dtypes()
+    check_backward_again()
+    check_empty()
+    check_mixed()
+    if dist.get_world_size() == 2:
+        check_compiled()
+
+
+BATCH, FEATURES, LABELS, STEPS = 12, 5, 8, 3
+
+
+def network():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(FEATURES, 7), nn.Tanh(), nn.Linear(7, LABELS)).double()
+
+
+def batches():
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(STEPS):
+        yield (
+            torch.randn(BATCH, FEATURES, generator=generator, dtype=torch.float64),
+            torch.rand(BATCH, LABELS, generator=generator, dtype=torch.float64),
+        )
+
+
+def train(model, loss_of_batch) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, foreach=False)
+    for x, target in batches():
+        optimizer.zero_grad()
+        loss_of_batch(x, target).backward()
+        optimizer.step()
+
+
+def check_trained_as_alone(model, criterion_options, loss_of_batch) -> None:
+    """The parameters after training are those of one process with torch's loss."""
+    train(model, loss_of_batch)
+    alone = network()
+    criterion = nn.BCEWithLogitsLoss(**criterion_options)
+    train(alone, lambda x, target: criterion(alone(x), target))
+    for got, want in zip(model.parameters(), alone.parameters(), strict=True):
+        got = got.full_tensor() if hasattr(got, "full_tensor") else got
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def check_data_parallel():
+    share = slice(dist.get_rank(), None, dist.get_world_size())
+    options = {"pos_weight": torch.linspace(0.5, 3, LABELS, dtype=torch.float64)}
+    criterion = fused_bce.BCEWithLogitsLoss(**options)
+
+    def wrapped_in_fsdp(model):
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    for wrap in (DistributedDataParallel, wrapped_in_fsdp):
+        model = wrap(network())
+
+        def loss_of_share(x, target, model=model):
+            loss = criterion(model(x[share]), target[share])
+            assert is_fused(loss)
+            return loss
+
+        check_trained_as_alone(model, options, loss_of_share)
+
+
+def check_tensor_parallel():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    head = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
+    model = parallelize_module(network(), mesh, {"2": head})
+
+    def loss_of_batch(x, target):
+        logits = model(x)
+        assert logits.placements == (Shard(1),)
+        sharded = distribute_tensor(target, mesh, [Shard(1)], src_data_rank=None)
+        with CommDebugMode() as communication:
+            loss = fused(logits, sharded)
+        assert is_fused(loss)
+        assert communication.get_total_counts() == 0
+        return loss
+
+    check_trained_as_alone(model, {}, loss_of_batch)
+
+
+def check_training():
+    check_data_parallel()
+    check_tensor_parallel()
+
+
+@by_world_size
+def test_dtensor(world_size, tmp_path):
+    run(check_dtensor, world_size, tmp_path)
+
+
+@by_world_size
+def test_training(world_size, tmp_path):
+    run(check_training, world_size, tmp_path)
