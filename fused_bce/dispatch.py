@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import has_torch_function_variadic
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fused_bce import _C
-from fused_bce.registrations import ensure_sharding
+from fused_bce.registrations import constant_in_graphs, ensure_sharding
 
 logger = logging.getLogger("fused_bce")
 
@@ -139,7 +140,7 @@ def _why_not_traced(input, target, weight, pos_weight) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _transformed() -> bool:
     # Compiled code is guarded by the transforms that it was traced in.
     return _functorch_level() is not None or forward_ad._current_level >= 0
@@ -165,7 +166,7 @@ def _only_default_device(*arguments: Tensor | None) -> bool:
     ordinary = (Tensor, torch.nn.Parameter, type(None))
     modes = torch.overrides._get_current_function_mode_stack()
     return all(type(a) in ordinary for a in arguments) and all(
-        type(mode) is torch.utils._device.DeviceContext for mode in modes
+        type(mode) is DeviceContext for mode in modes
     )
 
 

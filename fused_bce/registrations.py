@@ -51,7 +51,13 @@ def _(grad_logits, grad_loss):
     return None
 
 
-@torch.compiler.assume_constant_result  # nothing for a graph
+def constant_in_graphs(function):
+    """What torch.compiler.assume_constant_result does, but that imports the compiler: seconds."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant_in_graphs
 def ensure_sharding() -> None:
     """Tells DTensor how the operators are sharded: when the first one is seen, for importing it
     takes seconds."""

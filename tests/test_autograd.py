@@ -498,6 +498,50 @@ def test_half_precision_with_a_loss_scale(dtype, reduction, scale, device):
     assert grad.dtype == dtype
 
 
+def teacher_problem(device):
+    """A task that a small network can learn."""
+    samples = torch.randn(512, 20)
+    target = (samples @ torch.randn(20, 10) > 0).float()
+    return samples.to(device), target.to(device)
+
+
+def train(function, half, device, steps=60):
+    """Losses of a small network, under autocast and with a loss scale if ``half``."""
+    torch.manual_seed(0)
+    samples, target = teacher_problem(device)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(20, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10)
+    ).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    scaler = torch.amp.GradScaler(device, enabled=half)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        with torch.autocast(device, dtype=torch.float16, enabled=half):
+            logits = model(samples)
+            loss = function(logits, target)
+        assert logits.dtype == (torch.float16 if half else torch.float32)
+        assert loss.dtype == torch.float32
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    return losses
+
+
+def test_training_with_a_loss_scale(device):
+    half, single, theirs = (
+        train(function, half, device)
+        for function, half in ((fused, True), (fused, False), (torch_bce, False))
+    )
+    assert single == pytest.approx(theirs, rel=1e-4)
+    # Matrix products of float16 have 11 bits.
+    assert half == pytest.approx(single, rel=1e-2)
+    assert half[-1] < 0.5 * half[0]
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 @by_reduction
 def test_no_gradient_wanted(context, reduction, device):

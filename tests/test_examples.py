@@ -117,3 +117,20 @@ def test_tutorial_notices_a_wrong_loss():
     done = run("-c", WRONG_LOSS, EXAMPLES / "tutorial.py")
     assert done.returncode == 1
     assert "fused_bce gives 0.3078, torch 0.3048." in done.stderr
+
+
+DISTRIBUTED = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+
+
+@pytest.mark.parametrize("parallel", ["batch", "labels"])
+def test_train_distributed_agrees_with_one_process(parallel):
+    pytest.importorskip("sklearn")
+    program = EXAMPLES / "train_distributed.py"
+    done = run(*DISTRIBUTED, program, "--parallel", parallel, "--epochs", 3)
+    assert done.returncode == 0, done.stderr
+    curve = re.findall(r"^ +\d +(\d\.\d+) +(\d\.\d+)$", done.stdout, re.MULTILINE)
+    assert len(curve) == 3
+    for distributed, alone in curve:
+        assert float(distributed) == pytest.approx(float(alone), rel=1e-4)
+    # Better than answering no to all (0.33).
+    assert float(curve[-1][0]) < 0.31

@@ -5,6 +5,8 @@ import inspect
 import io
 import logging
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -102,6 +104,22 @@ def test_attributes_may_change_after_construction(device):
     ours.pos_weight = torch.full((4,), 3.0, dtype=DOUBLE, device=device)
     expected = torch_bce(logits, target, reduction="sum", pos_weight=ours.pos_weight)
     assert_double_close(ours(logits, target), expected)
+
+
+def test_parametrized_buffer(device):
+    # No longer a buffer, but computed at every access.
+    class Doubled(torch.nn.Module):
+        def forward(self, pos_weight):
+            return 2 * pos_weight
+
+    losses = []
+    for cls in (BCEWithLogitsLoss, torch.nn.BCEWithLogitsLoss):
+        loss = cls(pos_weight=torch.linspace(1, 2, 4, dtype=DOUBLE)).to(device)
+        torch.nn.utils.parametrize.register_parametrization(loss, "pos_weight", Doubled())
+        losses.append(loss)
+    data = batch(device)
+    assert_double_close(losses[0](*data), losses[1](*data))
+    assert is_fused(losses[0](*data))
 
 
 @by_weights
@@ -564,6 +582,20 @@ def test_nothing_is_logged_by_default(caplog, device):
     loss = fused(torch._neg_view(zeros(device)), zeros(device))
     assert caplog.records == []
     torch.testing.assert_close(loss, torch_bce(zeros(device), zeros(device)))
+
+
+LIGHT_IMPORT = """
+import sys, torch
+before = set(sys.modules)
+import fused_bce
+heavy = {"torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.fx"} - before
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+
+
+def test_import_is_light():
+    # The compiler and DTensor take seconds to import.
+    subprocess.run([sys.executable, "-c", LIGHT_IMPORT], check=True)
 
 
 def test_build_info(device):
