@@ -18,7 +18,11 @@ test: $(built)  ## all tests but those marked large
 bench: $(built)  ## measure on the CPU ours beside eager, torch.compile and the memory, and plot it
 	$(python) benchmarks/run.py --device cpu --preset goals
 	$(python) benchmarks/run.py --device cpu
-	$(python) benchmarks/plot.py benchmarks/results/cpu-ladder.csv
+	$(python) benchmarks/run.py --device cpu --preset workloads
+	$(python) benchmarks/run.py --device cpu --preset training
+	$(python) benchmarks/run.py --device cpu --preset peers
+	$(python) benchmarks/accuracy.py --device cpu
+	$(python) benchmarks/plot.py $(foreach name,ladder workloads training accuracy,benchmarks/results/cpu-$(name).csv)
 
 lint: $(built)
 	$(VENV)/bin/ruff format --check .

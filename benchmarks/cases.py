@@ -23,12 +23,29 @@ class Case:
     target_dtype: str
     reduction: str
     weights: str
+    workload: str = ""  # its name, for cases that are more than a size
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         """Rows and up to 64 columns, so that weights per row and per column have a meaning."""
         columns = math.gcd(self.numel, 64)
         return self.numel // columns, columns
+
+    @property
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the weights that the loss has, by the name of the argument."""
+        rows, columns = self.shape
+        shapes = {"weight": (rows, 1), "pos_weight": (columns,)}
+        return {name: shapes[name] for name in shapes if self.weights in (name, "both")}
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.contiguous_format
+
+    @property
+    def label(self) -> str:
+        """What tells it from the other cases of its title."""
+        return self.workload or size_text(self.numel)
 
     @property
     def title(self) -> str:
@@ -57,3 +74,8 @@ class Case:
     @property
     def bytes_per_element(self) -> int:
         return sum(read + written for read, written in self.passes)
+
+
+def size_text(numel: int) -> str:
+    power = numel.bit_length() - 1
+    return f"2^{power}" if power >= 10 and numel == 2**power else str(numel)

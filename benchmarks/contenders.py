@@ -3,15 +3,19 @@
 import itertools
 import math
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from cases import NON_LEAF, Case
 from limits import copy_step, stream_step
+from peers import make_peers
 from timing import Step
 from torch import Tensor
 
 import fused_bce
 
+Loss = Callable[[Tensor, Tensor], Tensor]
 Inputs = tuple[Tensor, Tensor, Tensor | None]
 
 # More than any L2: on the GPU the inputs rotate through this much, so that each call finds them
@@ -29,49 +33,94 @@ def copies_of_inputs(case: Case) -> int:
     return min(math.ceil(ROTATED_BYTES / (case.bytes_per_element * case.numel)), MOST_COPIES)
 
 
-def make_losses(case: Case, inputs: Inputs, with_compile: bool) -> dict[str, torch.nn.Module]:
+@dataclass(frozen=True)
+class Contender:
+    step: Step
+    # Makes the step anew, with nothing to free before its peak of memory; None: it has no peak.
+    renew: Callable[[], Step] | None = None
+
+
+def make_contenders(
+    case: Case, with_compile: bool = True, with_graph: bool = False, with_peers: bool = False
+) -> dict[str, Contender]:
+    """The contenders by name, all with the same inputs."""
+    inputs = [make_inputs(case) for _ in range(copies_of_inputs(case))]
+    losses = make_losses(case, inputs[0], with_compile)
+    if with_peers:
+        losses |= make_peers(case)
+    contenders = {name: loss_contender(case, loss, inputs) for name, loss in losses.items()}
+    if with_graph and case.numel <= LARGEST_GRAPHED:
+        for name in ("fused", "eager"):
+            step = loss_step(case, losses[name], inputs[:1])
+            contenders[f"{name} graph"] = Contender(GraphStep(step))
+    contenders["stream"] = Contender(stream_step(case, len(inputs)))
+    if case.device == "cuda":
+        contenders["copy"] = Contender(copy_step(case.numel, case.device))
+    return contenders
+
+
+def make_losses(case: Case, inputs: Inputs, with_compile: bool) -> dict[str, Loss]:
     """The losses by the name of their contender."""
-    options = {**make_weights(case), "reduction": case.reduction}
-    fused = fused_bce.BCEWithLogitsLoss(**options)
-    eager = torch.nn.BCEWithLogitsLoss(**options)
-    reason = fused_bce.why_not_fused(*inputs[:2], fused.weight, fused.pos_weight)
+    weights = make_weights(case)
+    fused = fused_bce.BCEWithLogitsLoss(**weights, reduction=case.reduction)
+    eager = torch.nn.BCEWithLogitsLoss(**weights, reduction=case.reduction)
+    logits, target, _ = inputs
+    if target.dtype is torch.bool:
+        eager = CastsTarget(eager)
+        if not takes_bool_targets(case.device):
+            fused, target = CastsTarget(fused), target.to(logits.dtype)
+    reason = fused_bce.why_not_fused(logits, target, **weights)
     if reason is not None:
         sys.exit(f"There is nothing to measure, fused_bce would call torch's loss: {reason}")
 
     losses = {"fused": fused, "eager": eager}
     if with_compile:
-        # Without the reset the sizes of one run reach the limit of recompilations, after which
-        # torch.compile quietly runs eager code.
-        torch.compiler.reset()
-        losses["compile"] = torch.compile(eager, dynamic=False, fullgraph=True)
+        losses["compile"] = compiled(eager)
     return losses
 
 
-def make_steps(
-    case: Case, losses: dict[str, torch.nn.Module], inputs: list[Inputs], with_graph: bool
-) -> dict[str, Step]:
-    """The contenders by name, all with these inputs."""
-    steps = {name: loss_step(case, loss, inputs) for name, loss in losses.items()}
-    if with_graph and case.numel <= LARGEST_GRAPHED:
-        for name in ("fused", "eager"):
-            steps[f"{name} graph"] = GraphStep(loss_step(case, losses[name], inputs[:1]))
-    steps["stream"] = stream_step(case, len(inputs))
-    if case.device == "cuda":
-        steps["copy"] = copy_step(case.numel, case.device)
-    return steps
+class CastsTarget(torch.nn.Module):
+    """What a user of torch's loss writes if the targets are bool."""
+
+    def __init__(self, loss: torch.nn.Module):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return self.loss(logits, target.to(logits.dtype))
 
 
-def loss_step(case: Case, loss: torch.nn.Module, inputs: list[Inputs]) -> Step:
+def takes_bool_targets(device: str) -> bool:
+    """Whether the kernels do; torch's do not."""
+    logits = torch.zeros(1, device=device)
+    return fused_bce.why_not_fused(logits, logits.bool()) is None
+
+
+def compiled(module: torch.nn.Module) -> Loss:
+    # Without the reset the sizes of one run reach the limit of recompilations, after which
+    # torch.compile quietly runs eager code.
+    torch.compiler.reset()
+    return torch.compile(module, dynamic=False, fullgraph=True)
+
+
+def loss_contender(case: Case, loss: Loss, inputs: list[Inputs]) -> Contender:
+    return Contender(
+        step=loss_step(case, loss, inputs), renew=lambda: loss_step(case, loss, inputs[:1])
+    )
+
+
+def loss_step(case: Case, loss: Loss, inputs: list[Inputs]) -> Step:
     if case.mode == "fwd":
         return forward_step(loss, inputs)
-    return training_step(loss, inputs, with_leaf=case.mode != NON_LEAF)
+    return backward_step(loss, inputs, with_leaf=case.mode != NON_LEAF)
 
 
 def make_inputs(case: Case) -> Inputs:
     """Logits, target, and the gradient that the backward pass of a loss for each element needs."""
     dtype, target_dtype = getattr(torch, case.dtype), getattr(torch, case.target_dtype)
-    logits = torch.randn(case.shape, device=case.device, dtype=dtype) * 3
-    target = torch.empty(case.shape, device=case.device, dtype=target_dtype).bernoulli_()
+    layout = {"device": case.device, "memory_format": case.memory_format}
+    logits = torch.empty(case.shape, dtype=dtype, **layout).normal_(std=3)
+    target = torch.empty(case.shape, dtype=target_dtype, **layout).bernoulli_()
     if case.mode == "fwd":
         return logits, target, None
     grad_loss = torch.ones_like(target) if case.reduction == "none" else None
@@ -79,17 +128,16 @@ def make_inputs(case: Case) -> Inputs:
 
 
 def make_weights(case: Case) -> dict[str, Tensor]:
-    rows, columns = case.shape
+    """Between 1 and 5 for positive targets, 0.5 and 1.5 for all."""
+    ranges = {"weight": (0.5, 1.5), "pos_weight": (1, 5)}
     options = {"device": case.device, "dtype": getattr(torch, case.target_dtype)}
-    weights = {}
-    if case.weights in ("weight", "both"):
-        weights["weight"] = torch.rand(rows, 1, **options) + 0.5
-    if case.weights in ("pos_weight", "both"):
-        weights["pos_weight"] = torch.rand(columns, **options) * 4 + 1
-    return weights
+    return {
+        name: torch.empty(shape, **options).uniform_(*ranges[name])
+        for name, shape in case.weight_shapes.items()
+    }
 
 
-def training_step(loss: torch.nn.Module, inputs: list[Inputs], with_leaf: bool) -> Step:
+def backward_step(loss: Loss, inputs: list[Inputs], with_leaf: bool) -> Step:
     # Leaves of its own: to free the gradient of another contender takes as long as its memory does.
     leaves = [(logits.detach().clone().requires_grad_(), *rest) for logits, *rest in inputs]
     rotation = itertools.cycle(leaves)
@@ -104,7 +152,7 @@ def training_step(loss: torch.nn.Module, inputs: list[Inputs], with_leaf: bool) 
     return step
 
 
-def forward_step(loss: torch.nn.Module, inputs: list[Inputs]) -> Step:
+def forward_step(loss: Loss, inputs: list[Inputs]) -> Step:
     rotation = itertools.cycle(inputs)
 
     def step():

@@ -1,17 +1,19 @@
-"""The CSV: one Row, its reader and its writer."""
+"""The CSV files: their rows, a reader and a writer."""
 
 import csv
 import re
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+from typing import get_args
 
 # In processors; below it is what an idle system does by itself.
 TOLERABLE_LOAD = 0.1
 
 
 @dataclass(frozen=True)
-class Row:
-    """One contender in one case. The fields are the header of the CSV."""
+class Origin:
+    """The columns of a row that are the same in the whole run."""
 
     device: str
     device_name: str
@@ -21,6 +23,12 @@ class Row:
     instruction_set: str
     threads: int
     date: str
+
+
+@dataclass(frozen=True)
+class Row(Origin):
+    """One contender in one case. The fields are the header of the CSV."""
+
     contender: str
     mode: str
     dtype: str
@@ -35,6 +43,9 @@ class Row:
     peak_bytes: int | None
     other_load: float | None
     command: str
+    # Later columns: files from before have none.
+    workload: str = ""
+    shape: str = ""
 
     @property
     def is_disturbed(self) -> bool:
@@ -46,7 +57,22 @@ class Row:
         return self.bytes_per_element * self.numel / self.median_seconds
 
 
-HEADER = [field.name for field in fields(Row)]
+@dataclass(frozen=True)
+class AccuracyRow(Origin):
+    """The largest error of one contender over a short range of logits."""
+
+    contender: str
+    quantity: str  # loss or gradient
+    target: float
+    logits_from: float
+    logits_to: float
+    points: int
+    max_ulp: float
+    command: str
+
+
+def header(kind: type[Origin]) -> list[str]:
+    return [field.name for field in fields(kind)]
 
 
 def file_name(device: str, device_name: str, date: str, content: str) -> str:
@@ -57,33 +83,44 @@ def file_name(device: str, device_name: str, date: str, content: str) -> str:
     return f"{slug}-{content}-{date[:10]}.csv"
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, kinds: Sequence[type[Origin]] = (Row,)) -> list:
+    """The rows of a file, of that one of the kinds which has its columns."""
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames != HEADER:
-            raise SystemExit(f"{path} does not have the columns of this benchmark")
-        return [parse_row(record) for record in reader]
+        for kind in kinds:
+            if is_header(reader.fieldnames or [], kind):
+                return [parse_row(record, kind) for record in reader]
+    raise SystemExit(f"{path} does not have the columns of this benchmark")
 
 
-def parse_row(record: dict[str, str]) -> Row:
-    values: dict = dict(record)
-    for name in ("threads", "numel", "bytes_per_element", "peak_bytes"):
-        values[name] = int(record[name]) if record[name] else None
-    for name in ("median_seconds", "iqr_seconds", "wall_seconds", "other_load"):
-        values[name] = float(record[name]) if record[name] else None
-    return Row(**values)
+def is_header(names: Sequence[str], kind: type[Origin]) -> bool:
+    required = {field.name for field in fields(kind) if field.default is MISSING}
+    return set(header(kind)) >= set(names) >= required
 
 
-def start_file(path: Path, append: bool) -> None:
+def parse_row(record: dict[str, str], kind: type[Origin]) -> Origin:
+    columns = [field for field in fields(kind) if field.name in record]
+    return kind(**{field.name: parse_cell(record[field.name], field.type) for field in columns})
+
+
+def parse_cell(text: str, kind: type) -> str | int | float | None:
+    """In the type of a field; a type with "| None" may be empty."""
+    first, *others = get_args(kind) or [kind]
+    return None if others and not text else first(text)
+
+
+def start_file(path: Path, append: bool = False, kind: type[Origin] = Row) -> None:
     """Writes the header, or checks the one that is there."""
     if append and path.exists():
-        read_rows(path)
+        with path.open(newline="") as file:
+            if next(csv.reader(file), None) != header(kind):
+                raise SystemExit(f"{path} has other columns: nothing can be appended")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        csv.writer(file).writerow(HEADER)
+        csv.writer(file).writerow(header(kind))
 
 
-def append_rows(path: Path, rows: list[Row]) -> None:
+def append_rows(path: Path, rows: Sequence[Origin]) -> None:
     with path.open("a", newline="") as file:
-        csv.DictWriter(file, HEADER).writerows(asdict(row) for row in rows)
+        csv.DictWriter(file, header(type(rows[0]))).writerows(asdict(row) for row in rows)

@@ -1,7 +1,10 @@
 """Times the fused loss against torch's, eager and compiled, and against the memory.
 
-    python benchmarks/run.py                     a ladder of sizes, with and without backward
-    python benchmarks/run.py --preset goals      the goals for the device: met or missed
+    python benchmarks/run.py                       a ladder of sizes, with and without backward
+    python benchmarks/run.py --preset goals        the goals for the device: met or missed
+    python benchmarks/run.py --preset workloads    losses as people train with them
+    python benchmarks/run.py --preset training     whole training steps
+    python benchmarks/run.py --preset peers        other ways to compute the same
 
 See benchmarks/README.md.
 """
@@ -15,18 +18,24 @@ from pathlib import Path
 
 import machine
 import torch
+import training
 from cases import DTYPES, MODES, NON_LEAF, REDUCTIONS, WEIGHTS, Case
-from contenders import copies_of_inputs, loss_step, make_inputs, make_losses, make_steps
-from goals import Goal
+from contenders import Contender, make_contenders, takes_bool_targets
+from goals import Goal, goal_case
 from goals_cpu import cpu_goals
 from goals_cuda import cases_without_goals, cuda_goals
 from limits import copied_per_element
+from peers import missing_peers
 from results import Row, append_rows, file_name, start_file
 from rich.console import Console
-from tables import LEGEND, Measured, goals_table, size_text, times_table
+from tables import CONTENDERS_LEGEND, LEGEND, Measured, contenders_table, goals_table, times_table
 from timing import calls_per_sample, peak_bytes, time_alternating
+from training import NETWORKS, TrainingCase, training_case
+from workloads import WORKLOADS, WorkloadCase, describe, workload_case
 
 SIZES = [1, 16, 128, 640, 2**12, 2**14, 2**16, 2**18, 2**20, 2**22, 2**24]
+PRESETS = ("goals", "workloads", "training", "peers")
+PEER_SIZES = {"cpu": (2**16, 2**20, 2**24), "cuda": (2**16, 2**24, 2**26)}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -42,8 +51,12 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    names = (
+        f"of the presets workloads ({', '.join(WORKLOADS)}) and training ({', '.join(NETWORKS)})"
+    )
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    add("--preset", choices=("goals",), help="the next six options select from it")
+    add("--preset", choices=PRESETS, help="the next seven options select from it")
+    add("--workloads", nargs="+", choices=(*WORKLOADS, *NETWORKS), metavar="NAME", help=names)
     add("--sizes", nargs="+", type=parse_size, metavar="N", help="elements, such as 640 or 2^20")
     add("--mode", nargs="+", choices=MODES, help="default: both")
     add("--dtype", nargs="+", choices=DTYPES, help="of the logits; default: float32")
@@ -62,6 +75,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("torch finds no CUDA device")
     if arguments.device is None:
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.workloads and arguments.preset not in ("workloads", "training"):
+        parser.error("--workloads needs --preset workloads or training")
     if arguments.graph and arguments.device == "cpu":
         parser.error("--graph needs --device cuda: CUDA graphs replay what runs on a GPU")
     return arguments
@@ -94,15 +109,18 @@ def ladder_cases(arguments: argparse.Namespace) -> list[Case]:
 def is_selected(case: Case, arguments: argparse.Namespace) -> bool:
     return (
         case.numel in (arguments.sizes or [case.numel])
-        and case.mode in (arguments.mode or MODES)
+        and case.mode in (arguments.mode or [case.mode])
         and case.dtype in (arguments.dtype or DTYPES)
         and case.target_dtype == (arguments.target_dtype or case.target_dtype)
         and case.reduction in (arguments.reduction or REDUCTIONS)
         and case.weights in (arguments.weights or WEIGHTS)
+        and case.workload in (arguments.workloads or [case.workload])
     )
 
 
 def preset_goals(arguments: argparse.Namespace) -> list[Goal]:
+    if arguments.preset != "goals":
+        return []
     goals = cuda_goals() if arguments.device == "cuda" else cpu_goals()
     return [
         dataclasses.replace(goal, case=with_logits(goal.case, arguments))
@@ -112,10 +130,16 @@ def preset_goals(arguments: argparse.Namespace) -> list[Goal]:
 
 
 def preset_cases(goals: list[Goal], arguments: argparse.Namespace) -> list[Case]:
-    others = cases_without_goals() if arguments.device == "cuda" else []
-    others = [with_logits(case, arguments) for case in others if is_selected(case, arguments)]
+    device = arguments.device
+    cases = {
+        "goals": cases_without_goals() if device == "cuda" else [],
+        "workloads": [workload_case(name, device) for name in WORKLOADS],
+        "training": [training_case(name, device) for name in NETWORKS],
+        "peers": [goal_case(device, n, mode) for mode in MODES for n in PEER_SIZES[device]],
+    }[arguments.preset]
+    selected = [with_logits(case, arguments) for case in cases if is_selected(case, arguments)]
     # Several goals share a case.
-    return list(dict.fromkeys([*(goal.case for goal in goals), *others]))
+    return list(dict.fromkeys([*(goal.case for goal in goals), *selected]))
 
 
 def with_logits(case: Case, arguments: argparse.Namespace) -> Case:
@@ -125,33 +149,39 @@ def with_logits(case: Case, arguments: argparse.Namespace) -> Case:
     return case
 
 
+def contenders_of(case: Case, arguments: argparse.Namespace) -> dict[str, Contender]:
+    if isinstance(case, TrainingCase):
+        return training.make_contenders(case, with_compile=not arguments.no_compile)
+    return make_contenders(
+        case,
+        with_compile=not arguments.no_compile,
+        with_graph=arguments.graph,
+        with_peers=arguments.preset == "peers",
+    )
+
+
 def measure(case: Case, arguments: argparse.Namespace, facts: dict) -> dict[str, Row]:
     """One row for each contender."""
     torch.manual_seed(0)
-    inputs = [make_inputs(case) for _ in range(copies_of_inputs(case))]
-    losses = make_losses(case, inputs[0], with_compile=not arguments.no_compile)
-    steps = make_steps(case, losses, inputs, with_graph=arguments.graph)
+    contenders = contenders_of(case, arguments)
+    steps = {name: contender.step for name, contender in contenders.items()}
     calls = calls_per_sample(steps, case.device)
     with machine.OtherLoad() as others:
         timings = time_alternating(steps, calls, case.device, arguments.repeats, arguments.seconds)
-    peaks = {
-        name: peak_bytes(loss_step(case, loss, inputs[:1]), case.device)
-        for name, loss in losses.items()
-    }
     bytes_per_element = dict.fromkeys(steps, case.bytes_per_element)
     bytes_per_element["copy"] = 2 * copied_per_element(case.numel)
     rows = {}
-    for name in steps:
+    for name, contender in contenders.items():
         rows[name] = Row(
             **facts,
             **dataclasses.asdict(case),
+            shape="x".join(map(str, case.shape)),
             contender=name,
             bytes_per_element=bytes_per_element[name],
             median_seconds=timings[name].median,
             iqr_seconds=timings[name].iqr,
             wall_seconds=timings[name].wall_median,
-            # Only for the losses: the others allocate nothing, or from the pool of their graph.
-            peak_bytes=peaks.get(name),
+            peak_bytes=peak_bytes(contender.renew(), case.device) if contender.renew else None,
             other_load=others.processors,
         )
     return rows
@@ -166,21 +196,38 @@ def measure_all(cases: list[Case], arguments: argparse.Namespace, console: Conso
         path /= file_name(arguments.device, facts["device_name"], facts["date"], content)
     start_file(path, arguments.append)
     measured: Measured = {}
+    table = times_table if arguments.preset in (None, "goals") else contenders_table
     for title, group in itertools.groupby(cases, key=lambda case: case.title):
         of_group: Measured = {}
         for case in group:
-            with console.status(f"{title}, N = {size_text(case.numel)}"):
+            with console.status(f"{title}, {case.label}"):
                 of_group[case] = measure(case, arguments, facts)
             append_rows(path, list(of_group[case].values()))
-        console.print(times_table(of_group))
+        console.print(table(of_group))
         measured |= of_group
-    console.print(LEGEND, f"Written to {path}", sep="\n", soft_wrap=True)
+    legend = LEGEND if table is times_table else CONTENDERS_LEGEND
+    console.print(legend, *notes(cases, arguments), sep="\n", soft_wrap=True)
+    console.print(f"Written to {path}", soft_wrap=True)
     return measured
+
+
+def notes(cases: list[Case], arguments: argparse.Namespace) -> list[str]:
+    """What a reader of the tables must know beside the numbers."""
+    lines = [describe(case) for case in cases if isinstance(case, WorkloadCase)]
+    if any(case.target_dtype == "bool" for case in cases):
+        fused = "takes them" if takes_bool_targets(arguments.device) else "gets the same"
+        lines.append(f"Bool targets: cast to the dtype of the logits for torch, fused {fused}.")
+    if arguments.preset == "peers":
+        missing = {
+            f"{name}: {reason}" for case in cases for name, reason in missing_peers(case).items()
+        }
+        lines += [f"Not measured: {line}." for line in sorted(missing)]
+    return lines
 
 
 def warn_of_load(measured: Measured, console: Console) -> None:
     disturbed = [
-        f"{case.title}, N = {size_text(case.numel)}"
+        f"{case.title}: {case.label}"
         for case, rows in measured.items()
         if rows["fused"].is_disturbed
     ]
@@ -197,13 +244,13 @@ def main() -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 150
-    if arguments.preset == "goals":
-        goals = preset_goals(arguments)
-        measured = measure_all(preset_cases(goals, arguments), arguments, console)
-        if goals:
-            console.print(goals_table(goals, measured))
-    else:
-        measured = measure_all(ladder_cases(arguments), arguments, console)
+    goals = preset_goals(arguments)
+    cases = preset_cases(goals, arguments) if arguments.preset else ladder_cases(arguments)
+    if not cases:
+        sys.exit(f"The preset {arguments.preset} has no such case")
+    measured = measure_all(cases, arguments, console)
+    if goals:
+        console.print(goals_table(goals, measured))
     warn_of_load(measured, console)
 
 

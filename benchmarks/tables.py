@@ -1,6 +1,6 @@
 """The tables on the screen."""
 
-from cases import Case
+from cases import Case, size_text
 from goals import Goal, peak_multiple, share_of_copy
 from results import Row
 from rich.table import Table
@@ -12,12 +12,13 @@ LEGEND = (
     "peak: memory beyond the inputs, in multiples of the logits."
 )
 
+CONTENDERS_LEGEND = (
+    "time: median of one call. against fused: time divided by that of fused, so above 1 fused is "
+    "faster. peak: memory beyond the inputs, in multiples of the logits. % of the limit: how near "
+    "it comes to the stream, which moves the same bytes with no arithmetic."
+)
+
 Measured = dict[Case, dict[str, Row]]
-
-
-def size_text(numel: int) -> str:
-    power = numel.bit_length() - 1
-    return f"2^{power}" if power >= 10 and numel == 2**power else str(numel)
 
 
 def time_text(seconds: float) -> str:
@@ -57,6 +58,33 @@ def times_cells(rows: dict[str, Row], contenders: list[str]) -> list[str]:
     if "copy" in rows:
         cells += [f"{rows['copy'].bandwidth / 1e9:.0f}", f"{share_of_copy(rows):.1f}"]
     return cells
+
+
+def contenders_table(measured: Measured) -> Table:
+    """A line for each contender in each case: for cases that differ in more than their size."""
+    case = next(iter(measured))
+    table = Table(title=f"{case.device}: {case.title}", title_justify="left")
+    for heading in ("", "N", "contender", "time", "against\nfused", "peak", "% of\nthe limit"):
+        table.add_column(heading, justify="left" if heading in ("", "contender") else "right")
+    for case, rows in measured.items():
+        first = [case.label, f"{case.numel:,}"]
+        for name, row in rows.items():
+            if name not in ("stream", "copy"):
+                table.add_row(*first, name, *contender_cells(row, rows))
+                first = ["", ""]
+        table.add_section()
+    return table
+
+
+def contender_cells(row: Row, rows: dict[str, Row]) -> list[str]:
+    """Empty where there is no such number: a whole training step has no limit to come near to."""
+    peak, stream = peak_multiple(row), rows.get("stream")
+    return [
+        time_text(row.median_seconds),
+        f"{row.median_seconds / rows['fused'].median_seconds:.2f}",
+        "" if peak is None else f"{peak:.2f}",
+        "" if stream is None else f"{100 * stream.median_seconds / row.median_seconds:.0f}",
+    ]
 
 
 def goals_table(goals: list[Goal], measured: Measured) -> Table:

@@ -1,11 +1,21 @@
 """The benchmark scripts run, and write what their readers expect."""
 
+import contextlib
 import csv
+import dataclasses
+import io
+import math
+import runpy
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import mpmath
+import numpy as np
 import pytest
+import torch
+from helpers import torch_bce
 
 pytest.importorskip("matplotlib", reason="plot.py draws with it")
 pytest.importorskip("rich", reason="run.py prints its tables with it")
@@ -13,28 +23,64 @@ pytest.importorskip("rich", reason="run.py prints its tables with it")
 ROOT = Path(__file__).parent.parent
 # As little as shows that it works: the numbers mean nothing.
 QUICK = ["--no-compile", "--repeats", "2", "--seconds", "0"]
+# The sizes of workloads, so much smaller that they take no time
+SMALLER = {65536: 64, 13330: 30, 670091: 41, 100000: 50, 512: 8, 1024: 16, 4096: 32}
 
 
-def run_script(name: str, *arguments: object) -> str:
-    result = start_script(name, *arguments)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def start_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, f"benchmarks/{name}", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
-@pytest.fixture
-def scripts(monkeypatch):
+@pytest.fixture(autouse=True)
+def _scripts(monkeypatch):
     """Makes the modules of the benchmark importable, as they are to its scripts."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+def run_script(name: str, *arguments: object, status: int = 0) -> str:
+    """In this process, which has imported torch already. Returns what it prints."""
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(out):
+        monkeypatch.setattr(sys, "argv", [f"benchmarks/{name}", *map(str, arguments)])
+        got = 0
+        try:
+            runpy.run_path(str(ROOT / "benchmarks" / name), run_name="__main__")
+        except SystemExit as exit:
+            got = exit.code
+    assert got == status
+    return out.getvalue()
 
 
 def read(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def make_row(**columns):
+    """A row of a case on the CPU, but for what is given."""
+    from results import Row
+
+    values = {
+        "device": "cpu",
+        "device_name": "a CPU",
+        "torch": "2.13",
+        "cuda": "",
+        "fused_bce": "0.1",
+        "instruction_set": "avx2",
+        "threads": 2,
+        "date": "2030-01-02T03:04:05+00:00",
+        "contender": "fused",
+        "mode": "fwd+bwd",
+        "dtype": "float32",
+        "target_dtype": "float32",
+        "reduction": "mean",
+        "weights": "none",
+        "numel": 1024,
+        "bytes_per_element": 12,
+        "median_seconds": 1e-3,
+        "iqr_seconds": 0.0,
+        "wall_seconds": 1e-3,
+        "peak_bytes": 4096,
+        "other_load": None,
+        "command": "python benchmarks/run.py",
+    }
+    return Row(**values | columns)
 
 
 def test_ladder_and_plot(tmp_path, device):
@@ -111,7 +157,8 @@ def test_non_leaf(tmp_path):
 
 
 def test_graph_needs_a_gpu():
-    result = start_script("run.py", "--graph", "--device", "cpu")
+    command = [sys.executable, "benchmarks/run.py", "--graph", "--device", "cpu"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "--graph needs --device cuda" in result.stderr
 
@@ -139,7 +186,6 @@ def test_goals_and_graphs_on_cuda(tmp_path, device):
     assert contenders.keys() >= {(str(2**26), "float16"), (str(2**26), "float64")}
 
 
-@pytest.mark.usefixtures("scripts")
 def test_cuda_goals():
     from cases import DTYPES, REDUCTIONS, WEIGHTS
     from goals_cuda import cases_without_goals, cuda_goals
@@ -164,7 +210,6 @@ def test_cuda_goals():
     }
 
 
-@pytest.mark.usefixtures("scripts")
 @pytest.mark.parametrize(
     ("measure", "expected"),
     [
@@ -179,34 +224,17 @@ def test_cuda_goals():
 )
 def test_measures_of_goals(measure, expected):
     from goals import Goal, goal_case
-    from results import Row
 
     case = goal_case("cuda", 2**26)
 
-    def row(contender: str, bytes_per_element: int, seconds: float, wall: float) -> Row:
-        return Row(
-            device="cuda",
-            device_name="a GPU",
-            torch="",
-            cuda="",
-            fused_bce="",
-            instruction_set="",
-            threads=1,
-            date="",
+    def row(contender: str, bytes_per_element: int, seconds: float, wall: float):
+        return make_row(
+            **dataclasses.asdict(case),
             contender=contender,
-            mode=case.mode,
-            dtype=case.dtype,
-            target_dtype=case.target_dtype,
-            reduction=case.reduction,
-            weights=case.weights,
-            numel=case.numel,
             bytes_per_element=bytes_per_element,
             median_seconds=seconds,
-            iqr_seconds=0,
             wall_seconds=wall,
             peak_bytes=4 * 2**26 + 512,
-            other_load=None,
-            command="",
         )
 
     rows = {
@@ -218,7 +246,6 @@ def test_measures_of_goals(measure, expected):
     assert measured == (None if expected is None else pytest.approx(expected))
 
 
-@pytest.mark.usefixtures("scripts")
 def test_file_names():
     from results import file_name
 
@@ -226,3 +253,398 @@ def test_file_names():
     assert file_name("cpu", "Some CPU", date, "goals") == "cpu-goals.csv"
     name = file_name("cuda", "NVIDIA H100 80GB HBM3", date, "ladder")
     assert name == "nvidia-h100-80gb-hbm3-ladder-2030-01-02.csv"
+
+
+@pytest.fixture
+def small_workloads(monkeypatch):
+    """The workloads with their dimensions made small."""
+    from workloads import WORKLOADS
+
+    def shrink(shape):
+        return shape and tuple(SMALLER.get(size, size) for size in shape)
+
+    for name, spec in WORKLOADS.items():
+        shapes = {
+            field: shrink(getattr(spec, field)) for field in ("shape", "weight", "pos_weight")
+        }
+        monkeypatch.setitem(WORKLOADS, name, dataclasses.replace(spec, **shapes))
+    return WORKLOADS
+
+
+@pytest.mark.usefixtures("small_workloads")
+def test_workloads(tmp_path, device):
+    path = tmp_path / "results.csv"
+    quick = [*QUICK, "--device", device, "--preset", "workloads"]
+    output = run_script("run.py", *quick, "--output", path)
+    rows = read(path)
+    contenders = ["fused", "eager", "stream"] + ["copy"] * (device == "cuda")
+    assert [row["contender"] for row in rows] == contenders * 6
+    fused = {row["workload"]: row for row in rows if row["contender"] == "fused"}
+    assert fused["detection"]["shape"] == ("1x50x80" if device == "cpu" else "4x50x80")
+    for row in rows:
+        assert int(row["numel"]) == math.prod(map(int, row["shape"].split("x")))
+    weights = {name: row["weights"] for name, row in fused.items()}
+    assert weights == {
+        "click-through": "none",
+        "text labels": "pos_weight",
+        "extreme labels": "none",
+        "detection": "weight",
+        "segmentation": "pos_weight",
+        "contrastive": "none",
+    }
+    # bfloat16 read, bool read, bfloat16 written
+    assert fused["extreme labels"]["bytes_per_element"] == "5"
+    assert ("1/8 of the batch" in output) == (device == "cpu")
+
+    output = run_script("run.py", *quick, "--workloads", "contrastive", "--output", path)
+    assert {row["workload"] for row in read(path)} == {"contrastive"}
+    assert "Bool targets" not in output
+    run_script("plot.py", path)
+    assert (tmp_path / "results-fwd-bwd.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_selected(tmp_path):
+    arguments = ["--preset", "workloads", "--mode", "fwd", "--output", tmp_path]
+    message = run_script("run.py", *arguments, status="The preset workloads has no such case")
+    assert message == ""
+    assert not list(tmp_path.iterdir())
+    run_script("run.py", "--workloads", "detection", "--output", tmp_path, status=2)
+
+
+def test_workloads_of_both_devices(small_workloads):
+    from contenders import make_inputs, make_losses, make_weights
+    from workloads import workload_case
+
+    for name in small_workloads:
+        shape = workload_case(name, "cuda").shape
+        assert shape == small_workloads[name].shape
+        case = workload_case(name, "cpu")
+        assert case.shape == (shape[0] // small_workloads[name].cpu_factor, *shape[1:])
+        for weight in make_weights(case).values():
+            assert torch.broadcast_shapes(weight.shape, case.shape) == case.shape
+        logits, target, _ = inputs = make_inputs(case)
+        assert str(logits.dtype) == f"torch.{case.dtype}"
+        assert str(target.dtype) == f"torch.{case.target_dtype}"
+        channels_last = logits.is_contiguous(memory_format=torch.channels_last)
+        assert (logits.dim() == 4 and channels_last) == (name == "segmentation")
+        assert 0 < target.float().mean() < 1
+        # The contenders compute the same.
+        losses = make_losses(case, inputs, with_compile=False)
+        wide = torch_bce(logits.double(), target.double(), **make_weights_again(losses["fused"]))
+        for loss in losses.values():
+            rounding = 4 * torch.finfo(logits.dtype).eps
+            assert loss(logits, target).item() == pytest.approx(wide.item(), rel=rounding)
+
+
+def make_weights_again(loss):
+    """The weights that a loss has, whether or not it is wrapped."""
+    loss = getattr(loss, "loss", loss)
+    return {"weight": loss.weight, "pos_weight": loss.pos_weight}
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_bool_targets(monkeypatch, accepted):
+    """Taken as they are if the kernels can, else cast, as they are for torch."""
+    import contenders
+    from cases import Case
+
+    case = Case(64, "cpu", "fwd+bwd", "bfloat16", "bool", "mean", "none")
+    inputs = contenders.make_inputs(case)
+    monkeypatch.setattr(contenders, "takes_bool_targets", lambda device: accepted)
+    monkeypatch.setattr(contenders.fused_bce, "why_not_fused", lambda *_, **__: None)
+    losses = contenders.make_losses(case, inputs, with_compile=False)
+    assert isinstance(losses["eager"], contenders.CastsTarget)
+    assert isinstance(losses["fused"], contenders.CastsTarget) == (not accepted)
+
+
+def test_readme_names_every_workload():
+    from training import NETWORKS
+    from workloads import WORKLOADS
+
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    for name in (*WORKLOADS, *NETWORKS):
+        assert f"| {name} |" in text
+
+
+@pytest.fixture
+def small_networks(monkeypatch):
+    import training
+
+    monkeypatch.setattr(training, "LABELS", 40)
+    monkeypatch.setattr(training, "BATCH", {"cpu": 16, "cuda": 16})
+    return training
+
+
+@pytest.mark.usefixtures("small_networks")
+def test_training(tmp_path, device):
+    quick = [
+        *QUICK,
+        "--device",
+        device,
+        "--preset",
+        "training",
+        "--output",
+        tmp_path / "results.csv",
+    ]
+    run_script("run.py", *quick)
+    rows = read(tmp_path / "results.csv")
+    assert [row["contender"] for row in rows] == ["fused", "eager", "no loss"] * 3
+    assert {row["mode"] for row in rows} == {"step"}
+    assert {row["shape"] for row in rows} == {"16x40"}
+    for row in rows:
+        # At least the gradients of the two layers
+        features = int(row["workload"].split()[0])
+        assert int(row["peak_bytes"]) >= 4 * features * (features + 40)
+    run_script("plot.py", tmp_path)
+    assert (tmp_path / "results-step.png").exists()
+
+
+def test_training_steps_agree(small_networks, device):
+    """torch's loss and ours, in one batch and in four parts: the same step of the optimizer."""
+    import fused_bce
+
+    spec = small_networks.NETWORKS["64 features"]
+    start = small_networks.make_network(spec).to(device).state_dict()
+    inputs = torch.randn(16, spec.features, device=device)
+    target = torch.rand(16, 40, device=device).round()
+
+    def trained(loss, parts):
+        model = small_networks.WithLoss(small_networks.make_network(spec), loss).to(device)
+        model.network.load_state_dict(start)
+        batches = list(zip(inputs.chunk(parts), target.chunk(parts), strict=True))
+        small_networks.make_contender(model, small_networks.through_loss(model), batches).step()
+        return torch.cat([parameter.detach().view(-1) for parameter in model.parameters()])
+
+    expected = trained(torch.nn.BCEWithLogitsLoss(), 1)
+    assert not torch.equal(expected, torch.cat([value.view(-1) for value in start.values()]))
+    for loss in (torch.nn.BCEWithLogitsLoss(), fused_bce.BCEWithLogitsLoss()):
+        for parts in (1, 4):
+            torch.testing.assert_close(trained(loss, parts), expected)
+
+
+@pytest.mark.large
+# The compiler's own, on its way through torch
+@pytest.mark.filterwarnings("default::DeprecationWarning")
+@pytest.mark.usefixtures("small_networks", "small_workloads")
+@pytest.mark.parametrize("preset", ["workloads", "training"])
+def test_compiled(tmp_path, device, preset):
+    quick = [option for option in QUICK if option != "--no-compile"]
+    path = tmp_path / "results.csv"
+    run_script("run.py", *quick, "--device", device, "--preset", preset, "--output", path)
+    contenders = [row["contender"] for row in read(path)]
+    assert contenders.count("compile") == contenders.count("eager") >= 3
+    assert contenders.count("fused compile") == (3 if preset == "training" else 0)
+
+
+def test_peers(tmp_path, device):
+    quick = [*QUICK, "--device", device, "--preset", "peers", "--sizes", "2^16"]
+    output = run_script("run.py", *quick, "--output", tmp_path / "results.csv")
+    rows = read(tmp_path / "results.csv")
+    assert {row["mode"] for row in rows} == {"fwd", "fwd+bwd"}
+    contenders = {row["contender"] for row in rows}
+    assert contenders >= {"fused", "eager", "sigmoid + BCELoss", "softplus - x*t", "stream"}
+    assert "Not measured: flag_gems: " in output
+
+
+def test_peers_compute_the_same(device):
+    from goals import goal_case
+    from peers import make_peers
+
+    logits, target = torch.randn(1000, device=device), torch.rand(1000, device=device).round()
+    expected = torch_bce(logits, target)
+    peers = make_peers(goal_case(device, 1000))
+    assert len(peers) >= 2
+    for loss in peers.values():
+        torch.testing.assert_close(loss(logits, target), expected)
+
+
+def test_flag_gems(monkeypatch, device):
+    """Whatever it does, the run goes on, and says why it is left out."""
+    from goals import goal_case
+    from peers import make_peers, missing_peers, why_not_flag_gems
+
+    forward, training = goal_case("cuda", 64, mode="fwd"), goal_case("cuda", 64)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert missing_peers(forward) == {"flag_gems": "not installed"}
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: "there it is")
+    package = types.ModuleType("flag_gems")
+    monkeypatch.setitem(sys.modules, "flag_gems", package)
+    assert why_not_flag_gems(goal_case("cpu", 64)) == "its kernels need a GPU"
+    assert why_not_flag_gems(training) == "it has no backward pass of its own"
+    # Releases up to 5.0 do not have the function; a machine without a GPU has no device.
+    assert why_not_flag_gems(forward).startswith("it does not run here: ")
+    if device == "cuda":
+        package.binary_cross_entropy_with_logits = torch.binary_cross_entropy_with_logits
+        assert "flag_gems" in make_peers(forward)
+        package.binary_cross_entropy_with_logits = lambda logits, *_: logits.mean()
+        assert "not close" in why_not_flag_gems(forward)
+
+
+def test_accuracy(monkeypatch, tmp_path, device):
+    import accuracy
+
+    monkeypatch.setattr(accuracy, "POINTS", 20)
+    path = tmp_path / "accuracy.csv"
+    arguments = ["benchmarks/accuracy.py", "--device", device, "--output", str(path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    accuracy.main()
+    rows = read(path)
+    ranges = 2 * accuracy.LIMIT / accuracy.WIDTH
+    assert len(rows) == ranges * 2 * 2 * 2  # contenders, targets, loss and gradient
+    errors = {}
+    for row in rows:
+        # Where exp(-|x|) is normal
+        if abs(float(row["logits_from"])) <= 86:
+            key = row["contender"], row["quantity"], float(row["target"])
+            errors[key] = max(errors.get(key, 0), float(row["max_ulp"]))
+    assert max(error for key, error in errors.items() if key[0] == "fused") <= 4
+    # torch loses every digit of a small loss of a negative, and of a small gradient of a positive.
+    lost = {key for key, error in errors.items() if error > 2**23}
+    assert lost == {("eager", "loss", 0.0), ("eager", "gradient", 1.0)}
+
+    run_script("plot.py", path)
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("target", [0.0, 1.0])
+def test_true_values_of_accuracy(target):
+    """Against 50 digits, of which 1 - sigmoid(90) loses 39."""
+    from accuracy import true_values
+
+    logits = np.array([-100.0, -17.25, -0.5, 0.0, 1.5, 90.0], dtype=np.float32)
+    got = true_values(logits, target)
+    for i, logit in enumerate(logits.tolist()):
+        with mpmath.workdps(50 + 39):
+            sigmoid = 1 / (1 + mpmath.exp(-mpmath.mpf(logit)))
+            loss = -mpmath.log(sigmoid if target else 1 - sigmoid)
+            grad = sigmoid - target
+        assert got["loss"][i] == pytest.approx(float(loss), rel=1e-14)
+        assert got["gradient"][i] == pytest.approx(float(grad), rel=1e-14)
+
+
+def test_ulp_errors():
+    from accuracy import ulp_errors
+
+    eps = float(np.finfo(np.float32).eps)
+    results = np.array([1 + eps, 1.0, 2.0, 0.0], dtype=np.float32)
+    true = np.array([1.0, 1.0 + eps / 2, 2 + 4 * eps, 2.0**-149])
+    assert ulp_errors(results, true).tolist() == [1.0, 0.5, 2.0, 1.0]
+
+
+def test_bars():
+    """Their lengths are the ratios, whatever the order of the rows."""
+    from plot_bars import plot_bars
+
+    seconds = {"stream": 1e-3, "fused": 2e-3, "compile": 4e-3, "eager": 10e-3}
+    rows = [
+        make_row(
+            contender=name,
+            workload=workload,
+            shape="32x32",
+            median_seconds=value * factor[name == "eager"],
+            peak_bytes=None if name == "stream" else 4096 * (1 + (name == "eager")),
+        )
+        for workload, factor in (("a", (1, 1)), ("b", (1, 2)))
+        for name, value in seconds.items()
+    ]
+    speedups, peaks = plot_bars(rows).axes
+    lengths = [
+        {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers}
+        for axes in (speedups, peaks)
+    ]
+    assert lengths[0] == {"compile": [2.5, 5.0], "fused": [5.0, 10.0]}
+    assert lengths[1] == {"eager": [2, 2], "compile": [1, 1], "fused": [1, 1]}
+
+
+# Seconds of an older and of a newer file: fused took 1.3 times as long, eager and the whole machine
+# half as long.
+OLDER = {"fused": 1.0e-3, "eager": 8e-3, "stream": 0.8e-3}
+NEWER = {"fused": 1.3e-3, "eager": 4e-3, "stream": 0.4e-3}
+
+
+def write_file(path: Path, seconds: dict[str, float], left_out: tuple[str, ...] = (), **columns):
+    from results import Row, header
+
+    names = [name for name in header(Row) if name not in left_out]
+    rows = [
+        make_row(contender=name, median_seconds=value, **columns) for name, value in seconds.items()
+    ]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(map(dataclasses.asdict, rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "expected"),
+    [
+        (
+            [],
+            1,
+            {
+                "fused": ("1.30", "slower"),
+                "eager": ("0.50", "faster"),
+                "stream": ("0.50", "faster"),
+            },
+        ),
+        (
+            ["--factor", "1.4"],
+            0,
+            {"fused": ("1.30", ""), "eager": ("0.50", "faster"), "stream": ("0.50", "faster")},
+        ),
+        (["--relative-to", "stream"], 1, {"fused": ("2.60", "slower"), "eager": ("1.00", "")}),
+    ],
+)
+def test_compare(tmp_path, arguments, status, expected):
+    # Files from before the workloads lack their columns.
+    old = write_file(tmp_path / "old.csv", OLDER, left_out=("workload", "shape"))
+    new = write_file(tmp_path / "new.csv", NEWER, shape="16x64", torch="2.14")
+    output = run_script("compare.py", old, new, *arguments, status=status)
+    cells = [line.split("│")[1:-1] for line in output.splitlines() if "│" in line]
+    found = {c[1].strip(): (c[4].strip(), c[5].strip()) for c in cells}
+    assert found == expected
+    assert "torch was 2.13, is 2.14" in output
+    # The other way round ours got faster; what others lost is shown, and no failure.
+    assert "slower" in run_script("compare.py", new, old, status=0)
+
+
+def test_compare_case_by_case(tmp_path):
+    """Rows of other cases are not held against each other."""
+    old = write_file(tmp_path / "old.csv", OLDER, workload="a")
+    new = write_file(tmp_path / "new.csv", NEWER, workload="b")
+    message = "The two files have no case in common"
+    run_script("compare.py", old, new, status=message)
+    with old.open("a", newline="") as file:
+        file.writelines(new.read_text().splitlines(keepends=True)[1:])
+    output = run_script("compare.py", old, new)
+    assert "Cases in the older file alone: 1." in output
+    assert "1.30" not in output
+
+
+def test_disturbed_times_are_marked(tmp_path):
+    old = write_file(tmp_path / "old.csv", OLDER, other_load=1.0)
+    new = write_file(tmp_path / "new.csv", NEWER, other_load=0.0)
+    assert "slower, but disturbed" in run_script("compare.py", old, new, status=1)
+
+
+def test_columns_of_files(tmp_path):
+    """None, numbers and text come back as they were; other columns are refused."""
+    from results import append_rows, read_rows, start_file
+
+    rows = [make_row(peak_bytes=None, other_load=0.5), make_row(workload="a", shape="2x3")]
+    path = tmp_path / "a.csv"
+    start_file(path)
+    append_rows(path, rows)
+    assert read_rows(path) == rows
+    start_file(path, append=True)
+    assert read_rows(path) == rows
+
+    old = write_file(tmp_path / "old.csv", OLDER, left_out=("workload", "shape"))
+    assert [row.workload for row in read_rows(old)] == [""] * 3
+    with pytest.raises(SystemExit, match="other columns"):
+        start_file(old, append=True)
+    short = write_file(tmp_path / "short.csv", OLDER, left_out=("numel",))
+    with pytest.raises(SystemExit, match="does not have the columns"):
+        read_rows(short)

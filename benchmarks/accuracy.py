@@ -1,0 +1,106 @@
+"""Measures the errors of torch's float32 loss and of the fused one along the axis of the logits.
+
+    python benchmarks/accuracy.py                  on the GPU, if there is one
+    python benchmarks/accuracy.py --device cpu
+
+Writes a CSV file, which benchmarks/plot.py draws. The true values are computed in float64, by a
+formula that is neither contender's.
+"""
+
+import argparse
+import itertools
+import shlex
+import sys
+from pathlib import Path
+
+import machine
+import numpy as np
+import torch
+from results import AccuracyRow, append_rows, file_name, start_file
+
+import fused_bce
+
+RESULTS = Path(__file__).parent / "results"
+# exp(-104) is 0 in float32, subnormal numbers included.
+LIMIT = 104
+WIDTH = 1.0  # of the range of logits that one row is for
+POINTS = 4000  # logits in it
+
+LOSSES = {"eager": torch.nn.BCEWithLogitsLoss, "fused": fused_bce.BCEWithLogitsLoss}
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    facts = {**machine.facts(arguments.device), "command": shlex.join(["python", *sys.argv])}
+    path = arguments.output
+    if path.suffix != ".csv":
+        path /= file_name(arguments.device, facts["device_name"], facts["date"], "accuracy")
+    start_file(path, kind=AccuracyRow)
+    for target, contender in itertools.product((0.0, 1.0), LOSSES):
+        append_rows(path, measure(contender, target, arguments.device, facts))
+    print(path)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="a CSV file, or a folder")
+    return parser.parse_args()
+
+
+def measure(contender: str, target: float, device: str, facts: dict) -> list[AccuracyRow]:
+    """A row for the loss and one for the gradient, in each range."""
+    logits, starts = draw_logits()
+    results = evaluate(LOSSES[contender], logits, target, device)
+    rows = []
+    for quantity, true in true_values(logits, target).items():
+        largest = ulp_errors(results[quantity], true).max(axis=1)
+        rows += [
+            AccuracyRow(
+                **facts,
+                device=device,
+                contender=contender,
+                quantity=quantity,
+                target=target,
+                logits_from=start,
+                logits_to=start + WIDTH,
+                points=POINTS,
+                max_ulp=error,
+            )
+            for start, error in zip(starts.tolist(), largest.tolist(), strict=True)
+        ]
+    return rows
+
+
+def draw_logits() -> tuple[np.ndarray, np.ndarray]:
+    """Float32 logits, a line for each range, and where the ranges start; the same in each call."""
+    starts = np.arange(-LIMIT, LIMIT, WIDTH)
+    random = np.random.default_rng(0).random((len(starts), POINTS))
+    return (starts[:, None] + WIDTH * random).astype(np.float32), starts
+
+
+def evaluate(loss_class, logits: np.ndarray, target: float, device: str) -> dict[str, np.ndarray]:
+    """Loss and gradient of each element, in float32."""
+    x = torch.tensor(logits, device=device, requires_grad=True)
+    losses = loss_class(reduction="none")(x, torch.full_like(x, target))
+    losses.sum().backward()
+    return {"loss": losses.detach().cpu().numpy(), "gradient": x.grad.cpu().numpy()}
+
+
+def true_values(logits: np.ndarray, target: float) -> dict[str, np.ndarray]:
+    """For a target of 0 or 1, where no two terms cancel."""
+    away = (1 - 2 * target) * logits.astype(np.float64)  # grows with the loss
+    sign = 1 - 2 * target
+    return {"loss": np.logaddexp(0, away), "gradient": sign * np.exp(-np.logaddexp(0, -away))}
+
+
+def ulp_errors(results: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """In units of the last place of the true value as a float32."""
+    return np.abs(results - true) / np.spacing(np.abs(true).astype(np.float32))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The same loss from elsewhere: by hand, and from other packages where they are installed."""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from cases import Case
+from torch import Tensor
+from torch.nn import functional
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def sigmoid_then_bce(logits: Tensor, target: Tensor) -> Tensor:
+    return functional.binary_cross_entropy(logits.sigmoid(), target)
+
+
+def softplus_by_hand(logits: Tensor, target: Tensor) -> Tensor:
+    return (functional.softplus(logits) - logits * target).mean()
+
+
+def make_peers(case: Case) -> dict[str, Loss]:
+    """Those that run here, by the name of their contender; they take no weights."""
+    peers = {"sigmoid + BCELoss": sigmoid_then_bce, "softplus - x*t": softplus_by_hand}
+    if why_not_flag_gems(case) is None:
+        peers["flag_gems"] = flag_gems_loss()
+    return peers
+
+
+def missing_peers(case: Case) -> dict[str, str]:
+    """Why the others do not."""
+    reason = why_not_flag_gems(case)
+    return {} if reason is None else {"flag_gems": reason}
+
+
+def why_not_flag_gems(case: Case) -> str | None:
+    """FlagGems has Triton kernels in the place of torch's operators; that of this loss is for the
+    forward pass, its gradient stays torch's."""
+    if importlib.util.find_spec("flag_gems") is None:
+        return "not installed"
+    if case.device == "cpu":
+        return "its kernels need a GPU"
+    if case.mode != "fwd":
+        return "it has no backward pass of its own"
+    try:
+        logits, target = torch.randn(2, 1000, device=case.device)
+        theirs, torchs = flag_gems_loss()(logits, target), softplus_by_hand(logits, target)
+        torch.testing.assert_close(theirs, torchs)
+    # Whatever stops another package must not stop this run.
+    except Exception as error:
+        return f"it does not run here: {error}"
+    return None
+
+
+def flag_gems_loss() -> Loss:
+    loss = importlib.import_module("flag_gems").binary_cross_entropy_with_logits
+    return lambda logits, target: loss(logits, target, None, None, 1)

@@ -1,0 +1,83 @@
+"""Speed-up over eager torch, and memory, of named cases."""
+
+from collections.abc import Callable
+
+from goals import peak_multiple
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from plot_style import CAPTION_STYLE, STYLES, caption
+from results import Row
+
+# The rows of one case by contender
+Bars = dict[str, Row]
+
+
+def plot_bars(rows: list[Row]) -> Figure:
+    cases = make_cases(rows)
+    figure = Figure(figsize=(15, 2 + len(cases)), layout="constrained")
+    speedups, peaks = figure.subplots(1, 2, sharey=True)
+    draw(speedups, cases, speedup)
+    speedups.set_title("times as fast as eager torch: longer is better")
+    speedups.axvline(1, color=STYLES["eager"]["color"])
+    draw(peaks, cases, peak)
+    peaks.set_title("peak memory in multiples of the logits: shorter is better")
+    speedups.set_yticks(range(len(cases)), [case_text(name, cases[name]) for name in cases])
+    speedups.invert_yaxis()
+    for axes in (speedups, peaks):
+        axes.grid(alpha=0.3, axis="x")
+        axes.margins(x=0.1)
+    figure.legend(*legend(speedups, peaks), loc="outside right upper")
+    figure.suptitle(f"{rows[0].device_name}: {rows[0].mode}, reduction {rows[0].reduction}")
+    figure.supxlabel(caption(rows), **CAPTION_STYLE)
+    return figure
+
+
+def legend(*panels: Axes) -> tuple[list, list]:
+    """One for both panels, neither of which shows every contender."""
+    both = [axes.get_legend_handles_labels() for axes in panels]
+    handles = {label: handle for pair in both for handle, label in zip(*pair, strict=True)}
+    names = [name for name in STYLES if name in handles]
+    return [handles[name] for name in names], names
+
+
+def make_cases(rows: list[Row]) -> dict[str, Bars]:
+    """By workload; of rows for the same contender the last one counts."""
+    cases: dict[str, Bars] = {}
+    for row in rows:
+        cases.setdefault(row.workload, {})[row.contender] = row
+    return cases
+
+
+def case_text(workload: str, bars: Bars) -> str:
+    row = bars["fused"]
+    shape = " x ".join(f"{int(size):,}" for size in row.shape.split("x"))
+    targets = "" if row.target_dtype == row.dtype else f", {row.target_dtype} targets"
+    weights = "" if row.weights == "none" else f"\n{row.weights}"
+    return f"{workload}\n{shape}\n{row.dtype}{targets}{weights}"
+
+
+def speedup(name: str, bars: Bars) -> float | None:
+    if name in ("eager", "stream", "copy"):
+        return None
+    return bars["eager"].median_seconds / bars[name].median_seconds
+
+
+def peak(name: str, bars: Bars) -> float | None:
+    return peak_multiple(bars[name])
+
+
+def draw(axes: Axes, cases: dict[str, Bars], measure: Callable) -> None:
+    """Bars for each case, side by side, one for each contender of which there is a measure."""
+    values = {
+        name: [measure(name, bars) if name in bars else None for bars in cases.values()]
+        for name in STYLES
+    }
+    shown = [name for name in values if any(value is not None for value in values[name])]
+    height = 0.8 / len(shown)
+    for place, name in enumerate(shown):
+        bars = [(case, value) for case, value in enumerate(values[name]) if value is not None]
+        positions = [case + (place - (len(shown) - 1) / 2) * height for case, _ in bars]
+        lengths = [length for _, length in bars]
+        color = STYLES[name]["color"]
+        drawn = axes.barh(positions, lengths, height, color=color, label=name)
+        axes.bar_label(drawn, fmt="%.3g", padding=3, fontsize=8)
