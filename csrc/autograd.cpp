@@ -26,9 +26,11 @@ auto op(const char* name) {
 
 Tensor call_loss(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                  const OptionalTensor& pos_weight, int64_t reduction, OptionalDtype dtype,
+                 double label_smoothing, OptionalIndex ignore_index,
                  const OptionalTensor& divisor) {
   static const auto loss = op<LossSignature>("fused_bce::binary_cross_entropy_with_logits");
-  return loss.call(logits, target, weight, pos_weight, reduction, dtype, divisor);
+  return loss.call(logits, target, weight, pos_weight, reduction, dtype, label_smoothing,
+                   ignore_index, divisor);
 }
 
 // What a backward starts from.
@@ -36,6 +38,8 @@ struct Saved {
   Tensor logits, target;
   OptionalTensor weight, pos_weight, divisor;
   int64_t reduction;
+  double label_smoothing;
+  OptionalIndex ignore_index;
 
   // In the dtype of the arithmetic: half types would lose digits, and a float64 number times a
   // float32 array is float32.
@@ -49,25 +53,35 @@ struct Saved {
   Tensor factor(const Tensor& grad_loss) const {
     Tensor factor = widened(grad_loss);
     if (reduction == at::Reduction::Mean)
-      factor = divisor ? factor / divisor->masked_fill(*divisor == 0, 1) : factor / at::Scalar(logits.sym_numel());
+      factor = divisor ? factor / divisor->masked_fill(*divisor == 0, 1)
+                       : factor / at::Scalar(logits.sym_numel());
     return weight ? factor * widened(*weight) : factor;
   }
 
-  // In torch's own operations, hence differentiable and batchable; written so that hard targets
-  // cancel nothing: (1 - t) sigmoid(x) - p t sigmoid(-x).
-  Tensor differentiable_grad_logits(const Tensor& grad_loss) const {
-    const Tensor x = widened(logits), t = widened(target);
-    const Tensor positive = pos_weight ? widened(*pos_weight) * t : t;
-    const Tensor slope = (1 - t) * at::sigmoid(x) - positive * at::sigmoid(-x);
-    return (slope * factor(grad_loss)).to(logits.scalar_type());
+  Tensor zero_where_ignored(const Tensor& t) const {
+    return ignore_index ? t.masked_fill(target == *ignore_index, 0) : t;
   }
 
-  // p softplus(-x) - softplus(x), which is -x without pos_weight
+  // In torch's own operations, hence differentiable and batchable; written so that hard targets
+  // cancel nothing: (1 - t) sigmoid(x) - p t sigmoid(-x). What is ignored is taken out of x as
+  // well, for 0 times the derivative at nan is nan.
+  Tensor differentiable_grad_logits(const Tensor& grad_loss) const {
+    const Tensor x = zero_where_ignored(widened(logits));
+    const Tensor given = widened(target);
+    const Tensor t =
+        label_smoothing == 0 ? given : given * (1 - label_smoothing) + label_smoothing / 2;
+    const Tensor positive = pos_weight ? widened(*pos_weight) * t : t;
+    const Tensor slope = (1 - t) * at::sigmoid(x) - positive * at::sigmoid(-x);
+    return zero_where_ignored(slope * factor(grad_loss)).to(logits.scalar_type());
+  }
+
+  // p softplus(-x) - softplus(x), which is -x without pos_weight; times what smoothing leaves of t
   Tensor grad_target(const Tensor& grad_loss) const {
-    const Tensor x = widened(logits);
+    const Tensor x = zero_where_ignored(widened(logits));
     const Tensor slope =
         pos_weight ? at::log_sigmoid(-x) - widened(*pos_weight) * at::log_sigmoid(x) : -x;
-    return (slope * factor(grad_loss)).to(target.scalar_type());
+    const Tensor grad = slope * factor(grad_loss) * (1 - label_smoothing);
+    return zero_where_ignored(grad).to(target.scalar_type());
   }
 };
 
@@ -97,21 +111,30 @@ constexpr const char* kGradLogits = "grad_logits";
 struct BCEWithLogitsFunction : torch::autograd::Function<BCEWithLogitsFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target,
                         const OptionalTensor& weight, const OptionalTensor& pos_weight,
-                        int64_t reduction, OptionalDtype dtype, const OptionalTensor& divisor) {
+                        int64_t reduction, OptionalDtype dtype, double label_smoothing,
+                        OptionalIndex ignore_index, OptionalTensor divisor) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    // Counted once, for backward too.
+    if (ignore_index && reduction == at::Reduction::Mean && !divisor) {
+      static const auto count_kept = op<CountSignature>("fused_bce::count_kept");
+      divisor = count_kept.call(target, *ignore_index);
+    }
     // Unpacked in every backward, so that in-place edits are noticed.
     ctx->save_for_backward({logits, target, weight.value_or(Tensor()),
                             pos_weight.value_or(Tensor()), divisor.value_or(Tensor())});
     ctx->saved_data["reduction"] = reduction;
+    ctx->saved_data["label_smoothing"] = label_smoothing;
+    ctx->saved_data["ignore_index"] = ignore_index;
 
     // A float16 gradient would underflow before the loss scale arrives in backward: it is computed
     // there.
     if (!logits.requires_grad() || logits.scalar_type() == at::kHalf)
-      return call_loss(logits, target, weight, pos_weight, reduction, dtype, divisor);
+      return call_loss(logits, target, weight, pos_weight, reduction, dtype, label_smoothing,
+                       ignore_index, divisor);
 
     static const auto with_grad = op<LossAndGradSignature>("fused_bce::forward_with_grad");
-    auto [loss, grad_logits] =
-        with_grad.call(logits, target, weight, pos_weight, reduction, dtype, divisor);
+    auto [loss, grad_logits] = with_grad.call(logits, target, weight, pos_weight, reduction, dtype,
+                                              label_smoothing, ignore_index, divisor);
     ctx->saved_data[kGradLogits] = std::move(grad_logits);
     return loss;
   }
@@ -122,10 +145,15 @@ struct BCEWithLogitsFunction : torch::autograd::Function<BCEWithLogitsFunction> 
     const auto optional = [](const Tensor& t) {
       return t.defined() ? OptionalTensor(t) : std::nullopt;
     };
-    const Saved saved{saved_tensors[0],           saved_tensors[1],
-                      optional(saved_tensors[2]), optional(saved_tensors[3]),
-                      optional(saved_tensors[4]), ctx->saved_data["reduction"].toInt()};
-    variable_list grads(7);
+    const Saved saved{saved_tensors[0],
+                      saved_tensors[1],
+                      optional(saved_tensors[2]),
+                      optional(saved_tensors[3]),
+                      optional(saved_tensors[4]),
+                      ctx->saved_data["reduction"].toInt(),
+                      ctx->saved_data["label_smoothing"].toDouble(),
+                      ctx->saved_data["ignore_index"].toOptional<int64_t>()};
+    variable_list grads(9);
     if (ctx->needs_input_grad(1)) grads[1] = saved.grad_target(grad_loss);
     if (!ctx->needs_input_grad(0)) return grads;
 
@@ -144,8 +172,9 @@ struct BCEWithLogitsFunction : torch::autograd::Function<BCEWithLogitsFunction> 
       grads[0] = scaled(std::move(stored), grad_loss);
     } else {
       static const auto recompute = op<GradSignature>("fused_bce::backward");
-      grads[0] = recompute.call(grad_loss, saved.logits, saved.target, saved.weight,
-                                saved.pos_weight, saved.reduction, saved.divisor);
+      grads[0] =
+          recompute.call(grad_loss, saved.logits, saved.target, saved.weight, saved.pos_weight,
+                         saved.reduction, saved.label_smoothing, saved.ignore_index, saved.divisor);
     }
     return grads;
   }
@@ -160,7 +189,7 @@ void check_not_differentiated(const char* name, const OptionalTensor& t) {
 
 Tensor autograd(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                 const OptionalTensor& pos_weight, int64_t reduction, OptionalDtype dtype,
-                const OptionalTensor& divisor) {
+                double label_smoothing, OptionalIndex ignore_index, const OptionalTensor& divisor) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       !has_tangent(logits) && !has_tangent(target),
       "fused_bce has no forward-mode derivative; fused_bce.functional leaves it to torch");
@@ -169,10 +198,11 @@ Tensor autograd(const Tensor& logits, const Tensor& target, const OptionalTensor
     check_not_differentiated("pos_weight", pos_weight);
     if (logits.requires_grad() || target.requires_grad())
       return BCEWithLogitsFunction::apply(logits, target, weight, pos_weight, reduction, dtype,
-                                          divisor);
+                                          label_smoothing, ignore_index, divisor);
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return call_loss(logits, target, weight, pos_weight, reduction, dtype, divisor);
+  return call_loss(logits, target, weight, pos_weight, reduction, dtype, label_smoothing,
+                   ignore_index, divisor);
 }
 
 // Autocast runs this loss in float32. The kernel widens as it reads, so that only the dtype of the
@@ -180,11 +210,12 @@ Tensor autograd(const Tensor& logits, const Tensor& target, const OptionalTensor
 template <c10::DeviceType device>
 Tensor autocast(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                 const OptionalTensor& pos_weight, int64_t reduction, OptionalDtype,
-                const OptionalTensor& divisor) {
+                double label_smoothing, OptionalIndex ignore_index, const OptionalTensor& divisor) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(device));
   const auto dtype = target.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return call_loss(logits, target, weight, pos_weight, reduction, dtype, divisor);
+  return call_loss(logits, target, weight, pos_weight, reduction, dtype, label_smoothing,
+                   ignore_index, divisor);
 }
 
 }  // namespace

@@ -2,10 +2,23 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 namespace fused_bce {
 
-enum class DType : uint8_t { kFloat16, kBFloat16, kFloat32, kFloat64 };
+enum class DType : uint8_t {
+  kFloat16,
+  kBFloat16,
+  kFloat32,
+  kFloat64,
+  // Of targets only
+  kBool,
+  kUInt8,
+  kInt8,
+  kInt16,
+  kInt32,
+  kInt64,
+};
 
 // A dense array of `numel` elements in the order of the walk.
 struct Dense {
@@ -34,6 +47,12 @@ struct Problem {
   Broadcast pos_weight;
   Reduction reduction = Reduction::kMean;
 
+  // Targets of this value have neither loss nor gradient; nan, which equals nothing, for none.
+  double ignore_index = std::numeric_limits<double>::quiet_NaN();
+  // What label smoothing makes of the others: target * target_scale + target_shift.
+  double target_scale = 1.0;
+  double target_shift = 0.0;
+
   // Outputs; null where not wanted.
   void* loss = nullptr;  // [numel] for none, else one number
   DType loss_dtype = DType::kFloat32;
@@ -46,6 +65,10 @@ struct Problem {
   // In backward: one number, or one for each element.
   Broadcast grad_loss;
 };
+
+inline bool has_extras(const Problem& p) {
+  return p.ignore_index == p.ignore_index || p.target_scale != 1;
+}
 
 inline bool computes_in_double(const Problem& p) {
   return p.logits.dtype == DType::kFloat64 || p.target.dtype == DType::kFloat64;
@@ -68,11 +91,16 @@ inline Pass pass_of(const Problem& p) {
 
 // Bit-identical results for any number of threads.
 void launch_cpu(const Problem& problem);
+// How many elements do not equal ignore_index, a number that their dtype holds exactly.
+double count_kept_cpu(const Dense& target, int64_t numel, int64_t ignore_index);
 
 // On the current device, in the given stream (a cudaStream_t), without waiting for it. The results
-// are bit-identical for any number of blocks. Pairs with one float64 must have two.
+// are bit-identical for any number of blocks. With a float64 target the logits are float64, too.
 int64_t cuda_workspace_bytes(const Problem& problem);
 void launch_cuda(const Problem& problem, void* workspace, void* stream);
+// *count += how many elements do not equal ignore_index.
+void launch_cuda_count_kept(const Dense& target, int64_t numel, int64_t ignore_index, double* count,
+                            void* stream);
 // grad_logits *= grad_loss, one number in the memory of the device.
 void launch_cuda_scale(void* grad_logits, DType dtype, int64_t numel, const void* grad_loss,
                        DType grad_loss_dtype, void* stream);

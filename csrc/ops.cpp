@@ -8,6 +8,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
@@ -27,6 +28,8 @@ namespace {
 
 using at::Tensor;
 
+bool is_integer(at::ScalarType type) { return at::isIntegralType(type, /*includeBool=*/true); }
+
 DType dtype_of(const char* name, at::ScalarType type) {
   switch (type) {
     case at::kHalf:
@@ -40,6 +43,25 @@ DType dtype_of(const char* name, at::ScalarType type) {
     default:
       TORCH_CHECK_NOT_IMPLEMENTED(false, name,
                                   " must be float16, bfloat16, float32 or float64, not ", type);
+  }
+}
+
+DType target_dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kBool:
+      return DType::kBool;
+    case at::kByte:
+      return DType::kUInt8;
+    case at::kChar:
+      return DType::kInt8;
+    case at::kShort:
+      return DType::kInt16;
+    case at::kInt:
+      return DType::kInt32;
+    case at::kLong:
+      return DType::kInt64;
+    default:
+      return dtype_of("target", type);
   }
 }
 
@@ -148,6 +170,37 @@ Broadcast broadcast_along(const char* name, Tensor& t, const Tensor& anchor, boo
   return view(anchor.numel(), 1, 1);
 }
 
+// Compared in float32, which holds all integers up to there.
+void check_ignore_index(int64_t ignore_index) {
+  constexpr int64_t kMost = int64_t{1} << 24;
+  TORCH_CHECK_VALUE(-kMost < ignore_index && ignore_index < kMost,
+                    "ignore_index must lie between -2**24 and 2**24, not ", ignore_index);
+}
+
+Tensor count_kept(const Tensor& target, int64_t ignore_index) {
+  check_ignore_index(ignore_index);
+  const c10::DeviceGuard device(target.device());
+  const Tensor dense = anchor_of(target);
+  const Dense operand{dense.const_data_ptr(), target_dtype_of(dense.scalar_type())};
+  Tensor count = at::zeros({}, target.options().dtype(at::kDouble));
+#if defined(FUSED_BCE_CUDA)
+  if (target.is_cuda()) {
+    launch_cuda_count_kept(operand, dense.numel(), ignore_index, count.mutable_data_ptr<double>(),
+                           c10::cuda::getCurrentCUDAStream());
+    return count;
+  }
+#endif
+  *count.mutable_data_ptr<double>() = count_kept_cpu(operand, dense.numel(), ignore_index);
+  return count;
+}
+
+// What a call may have beyond torch's own.
+struct Extras {
+  double label_smoothing;
+  OptionalIndex ignore_index;
+  const OptionalTensor& divisor;
+};
+
 // A call with everything that its pointers refer to.
 struct Call {
   c10::DeviceGuard device;
@@ -156,20 +209,19 @@ struct Call {
 
   Call(const Tensor& anchor_, const Tensor& logits_, const Tensor& target_,
        const OptionalTensor& weight_, const OptionalTensor& pos_weight_, int64_t reduction,
-       const OptionalTensor& divisor_)
+       const Extras& extras)
       : device(anchor_.device()), anchor(anchor_of(anchor_)), logits(logits_), target(target_) {
     TORCH_CHECK_VALUE(reduction >= 0 && reduction < at::Reduction::END, reduction,
                       " is not a valid value for reduction");
     problem.reduction = static_cast<Reduction>(reduction);
     problem.numel = anchor.numel();
     problem.logits.dtype = dtype_of("logits", logits.scalar_type());
-    problem.target.dtype = dtype_of("target", target.scalar_type());
+    problem.target.dtype = target_dtype_of(target.scalar_type());
     const bool in_double = computes_in_double(problem);
     if (in_double && anchor.is_cuda()) {
-      // One float64 operand of two is too rare for kernels of its own.
-      problem.logits.dtype = problem.target.dtype = DType::kFloat64;
+      // A float64 target alone is too rare for kernels of its own.
+      problem.logits.dtype = DType::kFloat64;
       logits = logits.to(at::kDouble);
-      target = target.to(at::kDouble);
     }
     logits = along_walk(logits, anchor);
     target = along_walk(target, anchor);
@@ -183,7 +235,23 @@ struct Call {
       pos_weight = *pos_weight_;
       problem.pos_weight = broadcast_along("pos_weight", pos_weight, anchor, in_double);
     }
-    if (problem.reduction == Reduction::kMean) set_divisor(divisor_);
+    set_extras(extras);
+  }
+
+  void set_extras(const Extras& extras) {
+    TORCH_CHECK_VALUE(0 <= extras.label_smoothing && extras.label_smoothing < 1,
+                      "label_smoothing must lie in [0, 1), not be ", extras.label_smoothing);
+    problem.target_scale = 1 - extras.label_smoothing;
+    problem.target_shift = extras.label_smoothing / 2;
+    if (extras.ignore_index) {
+      check_ignore_index(*extras.ignore_index);
+      problem.ignore_index = static_cast<double>(*extras.ignore_index);
+    }
+    if (problem.reduction != Reduction::kMean) return;
+    if (extras.ignore_index && !extras.divisor)
+      set_divisor(count_kept(target, *extras.ignore_index));
+    else
+      set_divisor(extras.divisor);
   }
 
   void set_divisor(const OptionalTensor& given) {
@@ -234,13 +302,18 @@ struct Call {
   }
 };
 
+at::ScalarType dtype_of_loss(const Tensor& logits, const Tensor& target) {
+  return is_integer(target.scalar_type()) ? logits.scalar_type() : target.scalar_type();
+}
+
 Tensor forward(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                const OptionalTensor& pos_weight, int64_t reduction, OptionalDtype dtype,
-               const OptionalTensor& divisor) {
+               double label_smoothing, OptionalIndex ignore_index, const OptionalTensor& divisor) {
   check_operands(logits, target, weight, pos_weight);
   const Tensor& anchor = reduction == at::Reduction::None ? target : logits;
-  Call call(anchor, logits, target, weight, pos_weight, reduction, divisor);
-  Tensor loss = call.new_loss(dtype.value_or(target.scalar_type()));
+  Call call(anchor, logits, target, weight, pos_weight, reduction,
+            {label_smoothing, ignore_index, divisor});
+  Tensor loss = call.new_loss(dtype.value_or(dtype_of_loss(logits, target)));
   call.launch();
   return loss;
 }
@@ -248,11 +321,14 @@ Tensor forward(const Tensor& logits, const Tensor& target, const OptionalTensor&
 std::tuple<Tensor, Tensor> forward_with_grad(const Tensor& logits, const Tensor& target,
                                              const OptionalTensor& weight,
                                              const OptionalTensor& pos_weight, int64_t reduction,
-                                             OptionalDtype dtype, const OptionalTensor& divisor) {
+                                             OptionalDtype dtype, double label_smoothing,
+                                             OptionalIndex ignore_index,
+                                             const OptionalTensor& divisor) {
   check_operands(logits, target, weight, pos_weight);
   const Tensor& anchor = reduction == at::Reduction::None ? target : logits;
-  Call call(anchor, logits, target, weight, pos_weight, reduction, divisor);
-  Tensor loss = call.new_loss(dtype.value_or(target.scalar_type()));
+  Call call(anchor, logits, target, weight, pos_weight, reduction,
+            {label_smoothing, ignore_index, divisor});
+  Tensor loss = call.new_loss(dtype.value_or(dtype_of_loss(logits, target)));
   const Tensor grad_logits = call.new_grad_logits();
   call.launch();
   return {std::move(loss), Call::finished(grad_logits, logits)};
@@ -260,12 +336,13 @@ std::tuple<Tensor, Tensor> forward_with_grad(const Tensor& logits, const Tensor&
 
 Tensor backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
                 const OptionalTensor& weight, const OptionalTensor& pos_weight, int64_t reduction,
-                const OptionalTensor& divisor) {
+                double label_smoothing, OptionalIndex ignore_index, const OptionalTensor& divisor) {
   check_operands(logits, target, weight, pos_weight);
   const bool none = reduction == at::Reduction::None;
   TORCH_CHECK(none ? grad_loss.sizes() == logits.sizes() : grad_loss.numel() == 1,
               "grad_loss has shape ", grad_loss.sizes(), ", which is not that of the loss");
-  Call call(logits, logits, target, weight, pos_weight, reduction, divisor);
+  Call call(logits, logits, target, weight, pos_weight, reduction,
+            {label_smoothing, ignore_index, divisor});
   call.grad_loss = grad_loss;
   call.problem.grad_loss =
       broadcast_along("grad_loss", call.grad_loss, call.anchor, computes_in_double(call.problem));
@@ -309,15 +386,17 @@ void register_ops() {
       *new torch::Library(torch::Library::DEF, "fused_bce", std::nullopt, __FILE__, __LINE__);
   definitions.def(
       "binary_cross_entropy_with_logits(Tensor logits, Tensor target, Tensor? weight=None, "
-      "Tensor? pos_weight=None, int reduction=1, ScalarType? dtype=None, Tensor? divisor=None) "
-      "-> Tensor");
+      "Tensor? pos_weight=None, int reduction=1, ScalarType? dtype=None, float label_smoothing=0, "
+      "int? ignore_index=None, Tensor? divisor=None) -> Tensor");
   definitions.def(
       "forward_with_grad(Tensor logits, Tensor target, Tensor? weight, Tensor? pos_weight, "
-      "int reduction, ScalarType? dtype=None, Tensor? divisor=None) "
-      "-> (Tensor loss, Tensor grad_logits)");
+      "int reduction, ScalarType? dtype=None, float label_smoothing=0, int? ignore_index=None, "
+      "Tensor? divisor=None) -> (Tensor loss, Tensor grad_logits)");
   definitions.def(
       "backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, "
-      "Tensor? pos_weight, int reduction, Tensor? divisor=None) -> Tensor");
+      "Tensor? pos_weight, int reduction, float label_smoothing=0, int? ignore_index=None, "
+      "Tensor? divisor=None) -> Tensor");
+  definitions.def("count_kept(Tensor target, int ignore_index) -> Tensor");
   definitions.def("scale_(Tensor(a!) grad_logits, Tensor grad_loss) -> ()");
 
   for (const auto key : kBackends) {
@@ -327,6 +406,7 @@ void register_ops() {
     library->impl("forward_with_grad", &forward_with_grad);
     library->impl("backward", &backward);
     library->impl("scale_", &scale_);
+    library->impl("count_kept", &count_kept);
   }
 }
 

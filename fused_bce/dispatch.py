@@ -18,6 +18,7 @@ logger = logging.getLogger("fused_bce")
 
 _FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
+_TARGETS = _FLOATS | _INTEGERS | {torch.bool}
 _WEIGHTS = _FLOATS | _INTEGERS | {torch.bool}
 _POS_WEIGHTS = _FLOATS | _INTEGERS
 
@@ -61,8 +62,8 @@ def why_not_fused(
     ``fused_bce`` at level INFO.
 
     Example:
-        >>> why_not_fused(torch.zeros(3), torch.zeros(3, dtype=torch.int64))
-        'target has dtype torch.int64'
+        >>> why_not_fused(torch.zeros(3), torch.zeros(3, dtype=torch.complex64))
+        'target has dtype torch.complex64'
     """
     if torch.compiler.is_compiling():
         return _why_not_traced(input, target, weight, pos_weight)
@@ -91,7 +92,7 @@ def why_not_fused(
             return f"this build has no kernels for the GPU, only for {_CUDA_ARCHS}"
     if input.dtype not in _FLOATS:
         return f"input has dtype {input.dtype}"
-    if target.dtype not in _FLOATS:
+    if target.dtype not in _TARGETS:
         return f"target has dtype {target.dtype}"
     if input.shape != target.shape:
         return "input and target differ in size"
@@ -115,7 +116,7 @@ def _why_not_traced(input, target, weight, pos_weight) -> str | None:
         return "inside a torch.func transform or forward-mode differentiation"
     for tensor, name, dtypes in (
         (input, "input", _FLOATS),
-        (target, "target", _FLOATS),
+        (target, "target", _TARGETS),
         (weight, "weight", _WEIGHTS),
         (pos_weight, "pos_weight", _POS_WEIGHTS),
     ):
@@ -168,6 +169,14 @@ def _only_default_device(*arguments: Tensor | None) -> bool:
     return all(type(a) in ordinary for a in arguments) and all(
         type(mode) is DeviceContext for mode in modes
     )
+
+
+def has_integers(target: object) -> bool:
+    """Whether this is a target that the kernels take and torch's function does not."""
+    if torch.compiler.is_compiling():
+        return target.dtype in _TARGETS - _FLOATS
+    with torch._C.DisableTorchFunction():  # a subclass would see its dtype being asked for
+        return isinstance(target, Tensor) and target.dtype in _TARGETS - _FLOATS
 
 
 def are_shards(*tensors: Tensor | None) -> bool:

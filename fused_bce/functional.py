@@ -6,10 +6,19 @@ from torch.nn import _reduction
 from torch.nn.functional import binary_cross_entropy_with_logits as torch_bce
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fused_bce.dispatch import are_shards, log_once, why_not_fused
+from fused_bce import reference
+from fused_bce.checks import (
+    check_ignore_index,
+    check_label_smoothing,
+    check_targets,
+    is_invalid,
+)
+from fused_bce.dispatch import are_shards, has_integers, log_once, why_not_fused
+from fused_bce.registrations import add_up
 
 _UNSHARDED = (Tensor, torch.nn.Parameter)
-_loss = torch.ops.fused_bce.binary_cross_entropy_with_logits.default
+_ops = torch.ops.fused_bce
+_loss = _ops.binary_cross_entropy_with_logits.default
 
 __all__ = ["binary_cross_entropy_with_logits"]
 
@@ -22,6 +31,10 @@ def binary_cross_entropy_with_logits(
     reduce: bool | None = None,
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: int | None = None,
+    validate_targets: bool = False,
 ) -> Tensor:
     """Binary cross entropy between logits and targets: a drop-in for
     :func:`torch.nn.functional.binary_cross_entropy_with_logits`, computed with its gradient in one
@@ -29,49 +42,139 @@ def binary_cross_entropy_with_logits(
 
     Args:
         input: logits, any shape, float16, bfloat16, float32 or float64.
-        target: the same shape, any of these dtypes, usually in [0, 1] (not checked).
+        target: the same shape, any of these dtypes, bool, uint8, int8, int16, int32 or int64,
+            usually in [0, 1] (not checked). Targets of integers are read as they are.
         weight: rescales each element's loss; broadcasts into the shape of the logits.
         size_average, reduce: deprecated, see ``reduction``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         pos_weight: weight of positive targets; broadcasts into the shape of the logits.
+        label_smoothing: in [0, 1); targets t become t (1 - label_smoothing) + label_smoothing / 2.
+        ignore_index: elements with this target have neither loss nor gradient, whatever the logit
+            is, and ``"mean"`` does not count them; where none is left it is 0. Between -2**24 and
+            2**24, and a number that the dtype of the targets holds exactly.
+        validate_targets: raises for targets outside [0, 1]. Reads them once more, and on a GPU
+            waits for it.
 
     Returns:
-        One number, or the shape of the logits for ``"none"``; in the dtype of the target, under
-        autocast float32 (float64 for a float64 target).
+        One number, or the shape of the logits for ``"none"``; in the dtype of the target, or of the
+        logits if the target is of integers; under autocast float32 (float64 for a float64 target).
 
     Raises:
         What torch's function raises: ValueError for an unknown reduction and for different sizes,
-        RuntimeError for weights that do not broadcast or that require a gradient.
+        RuntimeError for weights that do not broadcast or that require a gradient. ValueError or
+        TypeError for a bad ``label_smoothing`` or ``ignore_index``; ValueError for an invalid
+        target, with its value and place.
 
     What the kernel does not cover is left to torch's function: see
     :func:`fused_bce.why_not_fused`.
 
     Example:
         >>> input = torch.randn(3, 2, requires_grad=True)
-        >>> loss = binary_cross_entropy_with_logits(input, torch.ones(3, 2))
+        >>> loss = binary_cross_entropy_with_logits(input, torch.ones(3, 2, dtype=torch.bool))
         >>> loss.backward()
     """
+    return drop_in(
+        input,
+        target,
+        weight,
+        size_average,
+        reduce,
+        reduction,
+        pos_weight,
+        label_smoothing,
+        ignore_index,
+        validate_targets,
+    )
+
+
+def drop_in(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int | None = None,
+    validate_targets: bool = False,
+) -> Tensor:
+    """The same without keyword-only arguments, which cannot be scripted."""
     if not torch.jit.is_scripting():
-        return _fused_or_torch(input, target, weight, size_average, reduce, reduction, pos_weight)
-    return torch_bce(input, target, weight, size_average, reduce, reduction, pos_weight)
+        if validate_targets:
+            check_targets(target, ignore_index)
+        return _fused_or_torch(
+            input,
+            target,
+            weight,
+            size_average,
+            reduce,
+            reduction,
+            pos_weight,
+            label_smoothing,
+            ignore_index,
+        )
+    if validate_targets and bool(is_invalid(target, ignore_index).any()):
+        raise ValueError("a target lies outside [0, 1]")
+    if label_smoothing == 0.0 and ignore_index is None and target.is_floating_point():
+        return torch_bce(input, target, weight, size_average, reduce, reduction, pos_weight)
+    check_label_smoothing(label_smoothing)
+    return reference.binary_cross_entropy_with_logits(
+        input, target, weight, pos_weight, reduction, label_smoothing, ignore_index
+    )
 
 
-def _fused_or_torch(input, target, weight, size_average, reduce, reduction, pos_weight):
+def _fused_or_torch(
+    input,
+    target,
+    weight,
+    size_average,
+    reduce,
+    reduction,
+    pos_weight,
+    label_smoothing,
+    ignore_index,
+):
+    if label_smoothing != 0:
+        check_label_smoothing(label_smoothing)
+    if ignore_index is not None:
+        check_ignore_index(ignore_index, target)
     legacy = size_average is not None or reduce is not None
     reason = why_not_fused(input, target, weight, pos_weight)
-    if reason is not None or (legacy and torch.compiler.is_compiling()):
-        if not torch.compiler.is_compiling():
-            log_once(reason)
+    if reason is None and not (legacy and torch.compiler.is_compiling()):
+        if legacy:
+            reduction = _reduction.legacy_get_string(size_average, reduce)
+        return _loss(
+            input,
+            target,
+            weight,
+            pos_weight,
+            _reduction.get_enum(reduction),
+            None,
+            label_smoothing,
+            ignore_index,
+            _divisor(input, target, reduction, ignore_index),
+        )
+    if not torch.compiler.is_compiling():
+        log_once(reason)
+    if label_smoothing == 0 and ignore_index is None and not has_integers(target):
         return _torch(input, target, weight, size_average, reduce, reduction, pos_weight)
     if legacy:
-        reduction_enum = _reduction.legacy_get_enum(size_average, reduce)
-    else:
-        reduction_enum = _reduction.get_enum(reduction)
-    if type(input) in _UNSHARDED or not are_shards(input) or input.numel() == 0:
-        return _loss(input, target, weight, pos_weight, reduction_enum)
-    # Each process adds its shard's part of the mean over the whole.
-    divisor = torch.full((), input.numel(), dtype=torch.float64, device=input.device)
-    return _loss(input, target, weight, pos_weight, reduction_enum, divisor=divisor)
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    return reference.binary_cross_entropy_with_logits(
+        input, target, weight, pos_weight, reduction, label_smoothing, ignore_index
+    )
+
+
+def _divisor(input, target, reduction, ignore_index):
+    """What mean divides by where that is not the number of elements at hand, as for a shard."""
+    if type(input) in _UNSHARDED or reduction != "mean" or not are_shards(input):
+        return None
+    if input.numel() == 0:
+        return None
+    if ignore_index is None:
+        return torch.full((), input.numel(), dtype=torch.float64, device=input.device)
+    return add_up(_ops.count_kept(target.detach(), ignore_index))
 
 
 def _torch(input, target, weight, size_average, reduce, reduction, pos_weight):

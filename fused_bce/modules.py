@@ -1,16 +1,19 @@
 """The loss as a module."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from fused_bce.functional import binary_cross_entropy_with_logits
+from fused_bce.functional import drop_in
 
 
 class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
     r"""Binary cross entropy between logits and targets: a drop-in for
     :class:`torch.nn.BCEWithLogitsLoss`, computed with its gradient in one pass.
 
-    The constructor, buffers, ``state_dict`` and ``repr`` are those of the base class.
+    Buffers, ``state_dict`` and ``repr`` are those of the base class, and so is the constructor but
+    for the keywords that the base class does not have.
 
     .. math::
         \ell(x, t) = w \,\bigl[p\,t \cdot \mathrm{softplus}(-x)
@@ -24,12 +27,16 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
         reduction: ``"mean"`` (over all elements, the default), ``"sum"`` or ``"none"``.
         pos_weight: weight of positive targets; broadcasts into the shape of the logits, for
             example ``(C,)`` for logits ``(N, C)`` and ``(C, 1, 1)`` for ``(N, C, H, W)``.
+        label_smoothing, ignore_index, validate_targets: see
+            :func:`fused_bce.functional.binary_cross_entropy_with_logits`.
 
     Shape:
         - input: logits, any shape, float16, bfloat16, float32 or float64.
-        - target: the same shape, any of these dtypes, usually in [0, 1] (not checked).
-        - output: one number, or the shape of the logits for ``"none"``; the dtype of the target,
-          float32 under autocast (float64 for a float64 target).
+        - target: the same shape, any of these dtypes, bool or integers, usually in [0, 1] (not
+          checked).
+        - output: one number, or the shape of the logits for ``"none"``; the dtype of the target, or
+          of the logits if the target is of integers; float32 under autocast (float64 for a float64
+          target).
 
     Example:
         >>> loss = BCEWithLogitsLoss(pos_weight=torch.ones(64))
@@ -37,21 +44,51 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
         tensor(0.2014)
     """
 
+    __constants__: ClassVar = ["ignore_index", "label_smoothing", "reduction", "validate_targets"]
+
+    # Of instances that this constructor has not made: converted, or pickled by an older version.
+    label_smoothing: float = 0.0
+    ignore_index: int | None = None
+    validate_targets: bool = False
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        pos_weight: Tensor | None = None,
+        *,
+        label_smoothing: float = 0.0,
+        ignore_index: int | None = None,
+        validate_targets: bool = False,
+    ):
+        super().__init__(weight, size_average, reduce, reduction, pos_weight)
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+        self.validate_targets = validate_targets
+
+    def extra_repr(self) -> str:
+        names = ("label_smoothing", "ignore_index", "validate_targets")
+        given = {n: getattr(self, n) for n in names if getattr(self, n) != getattr(type(self), n)}
+        return ", ".join(f"{name}={value}" for name, value in given.items())
+
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            return binary_cross_entropy_with_logits(
-                input,
-                target,
-                _buffer(self, "weight"),
-                pos_weight=_buffer(self, "pos_weight"),
-                reduction=self.reduction,
-            )
-        return binary_cross_entropy_with_logits(
+        if torch.jit.is_scripting():
+            weight, pos_weight = self.weight, self.pos_weight
+        else:
+            weight, pos_weight = _buffer(self, "weight"), _buffer(self, "pos_weight")
+        return drop_in(
             input,
             target,
-            self.weight,
-            pos_weight=self.pos_weight,
-            reduction=self.reduction,
+            weight,
+            None,
+            None,
+            self.reduction,
+            pos_weight,
+            self.label_smoothing,
+            self.ignore_index,
+            self.validate_targets,
         )
 
 

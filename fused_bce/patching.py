@@ -58,7 +58,7 @@ def unpatch() -> None:
 def _replace() -> None:
     if not _originals:
         _originals.append(F.binary_cross_entropy_with_logits)
-        F.binary_cross_entropy_with_logits = functional.binary_cross_entropy_with_logits
+        F.binary_cross_entropy_with_logits = functional.drop_in
 
 
 def convert(model: torch.nn.Module) -> torch.nn.Module:

@@ -20,7 +20,17 @@ def _like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.register_fake(ops.binary_cross_entropy_with_logits.default)
-def _(logits, target, weight=None, pos_weight=None, reduction=1, dtype=None, divisor=None):
+def _(
+    logits,
+    target,
+    weight=None,
+    pos_weight=None,
+    reduction=1,
+    dtype=None,
+    label_smoothing=0.0,
+    ignore_index=None,
+    divisor=None,
+):
     if target.shape != logits.shape:
         raise ValueError(
             f"Target size ({target.shape}) must be the same as input size ({logits.shape})"
@@ -29,26 +39,32 @@ def _(logits, target, weight=None, pos_weight=None, reduction=1, dtype=None, div
     for operand in (pos_weight, weight):
         if operand is not None:
             operand.expand(logits.shape)
-    dtype = dtype or target.dtype
+    if dtype is None:
+        dtype = target.dtype if target.is_floating_point() else logits.dtype
     return _like(target, dtype) if reduction == _NONE else logits.new_empty((), dtype=dtype)
 
 
 @torch.library.register_fake(ops.forward_with_grad.default)
-def _(logits, target, weight, pos_weight, reduction, dtype=None, divisor=None):
+def _(logits, target, weight, pos_weight, reduction, dtype=None, *extras, **named_extras):
     loss = ops.binary_cross_entropy_with_logits(
-        logits, target, weight, pos_weight, reduction, dtype, divisor
+        logits, target, weight, pos_weight, reduction, dtype, *extras, **named_extras
     )
     return loss, _like(logits, logits.dtype)
 
 
 @torch.library.register_fake(ops.backward.default)
-def _(grad_loss, logits, target, weight, pos_weight, reduction, divisor=None):
+def _(grad_loss, logits, *_, **__):
     return _like(logits, logits.dtype)
 
 
 @torch.library.register_fake(ops.scale_.default)
 def _(grad_logits, grad_loss):
     return None
+
+
+@torch.library.register_fake(ops.count_kept.default)
+def _(target, ignore_index):
+    return target.new_empty((), dtype=torch.float64)
 
 
 def constant_in_graphs(function):
@@ -91,22 +107,66 @@ def _register_sharding() -> None:
             )
 
     @register_sharding(ops.binary_cross_entropy_with_logits.default)
-    def _(logits, target, weight=None, pos_weight=None, reduction=1, dtype=None, divisor=None):
+    def _(
+        logits,
+        target,
+        weight=None,
+        pos_weight=None,
+        reduction=1,
+        dtype=None,
+        label_smoothing=0.0,
+        ignore_index=None,
+        divisor=None,
+    ):
         return [
-            ([loss], [x, x, w, p, None, None, d])
+            ([loss], [x, x, w, p, None, None, None, None, d])
             for loss, x, w, p, d in shardings(logits, weight, pos_weight, divisor, reduction)
         ]
 
     @register_sharding(ops.forward_with_grad.default)
-    def _(logits, target, weight, pos_weight, reduction, dtype=None, divisor=None):
+    def _(
+        logits,
+        target,
+        weight,
+        pos_weight,
+        reduction,
+        dtype=None,
+        label_smoothing=0.0,
+        ignore_index=None,
+        divisor=None,
+    ):
         return [
-            ([loss, x], [x, x, w, p, None, None, d])
+            ([loss, x], [x, x, w, p, None, None, None, None, d])
             for loss, x, w, p, d in shardings(logits, weight, pos_weight, divisor, reduction)
         ]
 
     @register_sharding(ops.backward.default)
-    def _(grad_loss, logits, target, weight, pos_weight, reduction, divisor=None):
+    def _(
+        grad_loss,
+        logits,
+        target,
+        weight,
+        pos_weight,
+        reduction,
+        label_smoothing=0.0,
+        ignore_index=None,
+        divisor=None,
+    ):
         return [
-            ([x], [loss if reduction == _NONE else Replicate(), x, x, w, p, None, d])
+            ([x], [loss if reduction == _NONE else Replicate(), x, x, w, p, None, None, None, d])
             for loss, x, w, p, d in shardings(logits, weight, pos_weight, divisor, reduction)
         ]
+
+    @register_sharding(ops.count_kept.default)
+    def _(target, ignore_index):
+        return [
+            ([Replicate()], [Replicate(), None]),
+            *(([Partial("sum")], [Shard(dim), None]) for dim in range(target.ndim)),
+        ]
+
+
+def add_up(partial: Tensor) -> Tensor:
+    """The whole of a DTensor that is a partial sum in each process."""
+    from torch.distributed.tensor import Replicate
+
+    return partial.redistribute(placements=[Replicate()] * partial.device_mesh.ndim)

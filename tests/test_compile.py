@@ -251,6 +251,52 @@ def test_compiled_gradient_of_the_target(reduction, device):
         torch.testing.assert_close(g.cpu(), e)
 
 
+EXTRAS = {
+    "bool": (torch.bool, {}),
+    "int64": (torch.int64, {}),
+    "label_smoothing": (torch.uint8, {"label_smoothing": 0.1}),
+    "ignore_index": (torch.uint8, {"ignore_index": 1}),
+    "ignore_index of floats": (torch.float32, {"ignore_index": 0, "label_smoothing": 0.1}),
+}
+by_extras = pytest.mark.parametrize(("target_dtype", "extras"), EXTRAS.values(), ids=EXTRAS)
+
+
+@by_reduction
+@by_extras
+def test_compiled_extras(target_dtype, extras, reduction, device):
+    for dtype in (torch.float16, torch.float32):
+        torch.compiler.reset()
+        logits, target = draw((6, 4), device, dtype)
+        target = target.round().to(target_dtype)
+        options = {"reduction": reduction, **extras}
+        got = evaluate(compiled(fused), logits, target, **options)
+        expected = evaluate(fused, logits, target, **options)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+        number = REDUCTION_NUMBERS[reduction]
+        opcheck(LOSS, (logits.requires_grad_(), target, None, None, number), extras)
+    if "ignore_index" in extras:
+        opcheck(OPS.count_kept.default, (target, 1))
+
+
+@by_extras
+def test_exported_extras(target_dtype, extras, device):
+    loss = BCEWithLogitsLoss(**extras)
+    logits, target = draw((6, 4), device)
+    target = target.round().to(target_dtype)
+    exported = torch.export.export(loss, (logits, target))
+    assert operators(exported.graph_module).count(LOSS) == 1
+    torch.testing.assert_close(exported.module()(logits, target), loss(logits, target))
+
+
+def test_compiled_validation(device):
+    logits, target = draw((6, 4), device)
+    function = compiled(lambda x, t: fused(x, t, validate_targets=True))
+    torch.testing.assert_close(function(logits, target), fused(logits, target), rtol=0, atol=0)
+    if device == "cpu":  # on a GPU the assertion takes the process's context with it
+        with pytest.raises(RuntimeError, match="a target lies outside"):
+            function(logits, target + 1)
+
+
 def test_no_recompilation_for_another_batch_size(device):
     ours, theirs = classifiers(device)
     function = compiled(ours, dynamic=True)

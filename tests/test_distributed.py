@@ -206,7 +206,45 @@ def check_compiled():
         )
 
 
+def check_extras():
+    # The processes ignore different shares of their shards, one of them all of it.
+    for mesh in meshes():
+        for placements in placements_of(mesh):
+            for reduction in REDUCTIONS:
+                target = torch.randint(2, (13, 9), dtype=torch.uint8)
+                target[torch.rand(13, 9) < 0.3] = 255
+                target[:7] = 255
+                logits = torch.randn(13, 9, dtype=torch.float64)
+                keep = target != 255
+                logits[~keep] = math.nan
+                shards = distribute_tensor(logits, mesh, placements).requires_grad_()
+                targets = distribute_tensor(target, mesh, placements)
+                extras = {"ignore_index": 255, "label_smoothing": 0.2, "reduction": reduction}
+                loss = fused(shards, targets, **extras)
+                assert loss.placements == expected_placements(placements, reduction)
+                (loss.sum() if reduction == "none" else loss).backward()
+                leaf = logits.clone().requires_grad_()
+                kept = torch_bce(leaf[keep], target[keep].double() * 0.8 + 0.1, reduction="none")
+                by_hand = kept.mean() if reduction == "mean" else kept.sum()
+                by_hand.backward()
+                got = loss.full_tensor()
+                torch.testing.assert_close(got.sum() if reduction == "none" else got, by_hand)
+                torch.testing.assert_close(shards.grad.full_tensor(), leaf.grad)
+                with torch.no_grad():
+                    torch.testing.assert_close(fused(shards, targets, **extras).full_tensor(), got)
+                assert_invalid_is_noticed(shards, targets)
+
+
+def assert_invalid_is_noticed(logits, target):
+    # Each process checks its own shard.
+    fused(logits, target, ignore_index=255, validate_targets=True)
+    if (target.to_local() == 255).any():
+        with pytest.raises(ValueError, match="is 255, outside"):
+            fused(logits, target, validate_targets=True)
+
+
 def check_dtensor():
+    check_extras()
     check_shards()
     check_dtypes()
     check_backward_again()

@@ -186,15 +186,6 @@ def test_unsupported_logits(ours, theirs, dtype, device):
 
 
 @by_face
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool], ids=dtype_name)
-def test_integer_target(ours, theirs, dtype, device):
-    logits, target = torch.zeros(3, 4, device=device), torch.ones(3, 4, device=device).to(dtype)
-    expected = outcome(theirs, logits, target).error
-    assert issubclass(expected[0], RuntimeError)
-    assert outcome(ours, logits, target).error == expected
-
-
-@by_face
 @pytest.mark.parametrize("argument", ["target", "weight", "pos_weight"])
 def test_devices_differ(ours, theirs, argument, device):
     logits, target = matrices(device)

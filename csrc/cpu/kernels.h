@@ -20,6 +20,7 @@ struct Tile {
   T* losses;
   L* grad_logits;
   T grad_scale;
+  T ignore_index, target_scale, target_shift;
 };
 
 template <class T>
@@ -29,7 +30,8 @@ double sum_of_lanes(const Vec<T>& x) {
   return sum;
 }
 
-template <Pass kPass, bool kHasWeight, bool kHasPosWeight, class T, class L, class S>
+template <Pass kPass, bool kHasWeight, bool kHasPosWeight, bool kHasExtras, class T, class L,
+          class S>
 double run_tile(const Tile<T, L, S>& tile) {
   using V = Vec<T>;
   // Several sums: short runs in T keep the rounding errors down, and the additions overlap.
@@ -41,12 +43,18 @@ double run_tile(const Tile<T, L, S>& tile) {
 
   const auto step = [&](int i, V& sum) __attribute__((always_inline)) {
     const V pos_weight = kHasPosWeight ? V::load(t.pos_weight + i) : V(1);
-    LossAndGrad<V> r =
-        bce_with_logits<kHasPosWeight>(widen(t.logits + i), widen(t.target + i), pos_weight);
+    const V given = widen(t.target + i);
+    const V target = kHasExtras ? fma(given, V(t.target_scale), V(t.target_shift)) : given;
+    LossAndGrad<V> r = bce_with_logits<kHasPosWeight>(widen(t.logits + i), target, pos_weight);
     if (kHasWeight) {
       const V weight = V::load(t.weight + i);
       r.loss = r.loss * weight;
       r.grad = r.grad * weight;
+    }
+    if (kHasExtras) {
+      const auto ignored = given == V(t.ignore_index);
+      r.loss = select(ignored, V(0), r.loss);
+      r.grad = select(ignored, V(0), r.grad);
     }
     if (has_sum(kPass)) sum = sum + r.loss;
     if (has_losses(kPass)) r.loss.store(t.losses + i);
@@ -67,10 +75,14 @@ using RunTile = double (*)(const Tile<T, L, S>&);
 
 template <Pass kPass, class T, class L, class S>
 RunTile<T, L, S> choose_weights(const Problem& p) {
+  if constexpr (std::is_same_v<L, T> && std::is_same_v<S, T>)
+    if (has_extras(p)) return run_tile<kPass, true, true, true, T, L, S>;
   const bool weight = p.weight.data || p.grad_loss.data;
   if (p.pos_weight.data)
-    return weight ? run_tile<kPass, true, true, T, L, S> : run_tile<kPass, false, true, T, L, S>;
-  return weight ? run_tile<kPass, true, false, T, L, S> : run_tile<kPass, false, false, T, L, S>;
+    return weight ? run_tile<kPass, true, true, false, T, L, S>
+                  : run_tile<kPass, false, true, false, T, L, S>;
+  return weight ? run_tile<kPass, true, false, false, T, L, S>
+                : run_tile<kPass, false, false, false, T, L, S>;
 }
 
 template <class T, class L, class S>
@@ -90,6 +102,13 @@ RunTile<T, L, S> choose_pass(const Problem& p) {
   return choose_weights<Pass::kGrad, T, L, S>(p);
 }
 
+template <class Integer, class T>
+void read_integers(const void* data, int64_t at, int count, T padding, T* out) {
+  const Integer* const p = static_cast<const Integer*>(data) + at;
+  for (int i = 0; i < count; ++i) out[i] = static_cast<T>(p[i]);
+  for (int i = count; i % Vec<T>::kLanes != 0; ++i) out[i] = padding;
+}
+
 template <class T>
 void read_any(const void* data, DType dtype, int64_t at, int count, T padding, T* out) {
   switch (dtype) {
@@ -102,6 +121,21 @@ void read_any(const void* data, DType dtype, int64_t at, int count, T padding, T
     case DType::kFloat64:  // only where the arithmetic is in double, too
       if constexpr (std::is_same_v<T, double>)
         return read(static_cast<const double*>(data) + at, count, padding, out);
+      return;
+    case DType::kBool:  // a byte that is not 0 is true
+      for (int i = 0; i < count; ++i) out[i] = static_cast<const uint8_t*>(data)[at + i] != 0;
+      for (int i = count; i % Vec<T>::kLanes != 0; ++i) out[i] = padding;
+      return;
+    case DType::kUInt8:
+      return read_integers<uint8_t>(data, at, count, padding, out);
+    case DType::kInt8:
+      return read_integers<int8_t>(data, at, count, padding, out);
+    case DType::kInt16:
+      return read_integers<int16_t>(data, at, count, padding, out);
+    case DType::kInt32:
+      return read_integers<int32_t>(data, at, count, padding, out);
+    case DType::kInt64:
+      return read_integers<int64_t>(data, at, count, padding, out);
   }
 }
 
@@ -116,6 +150,8 @@ void write_any(const T* in, int count, DType dtype, int64_t at, void* data) {
       return write(in, count, static_cast<float*>(data) + at);
     case DType::kFloat64:
       return write(in, count, static_cast<double*>(data) + at);
+    default:
+      return;  // nothing is written as an integer
   }
 }
 
@@ -247,10 +283,17 @@ class DenseWriter {
 template <class T, class L, class S>
 double run_range(const Problem& p, int64_t begin, int64_t end) {
   const RunTile<T, L, S> run = choose_pass<T, L, S>(p);
-  // Padding adds exactly nothing: the loss of (-inf, 0) is 0.
-  DenseReader<T, L> logits(p.logits, kMinusInfinity<L>);
+  // With extras there is a weight always.
+  static constexpr T kOne = 1;
+  const Broadcast one{&kOne, kDTypeOf<T>};
+  const bool extras = has_extras(p);
+  // Padding adds exactly nothing: the loss of (-inf, 0) is 0; a smoothed target is not, but there
+  // the padded weight is.
+  DenseReader<T, L> logits(p.logits, extras ? L{} : kMinusInfinity<L>);
   DenseReader<T, S> target(p.target, S{});
-  BroadcastReader<T> weight(p.weight), pos_weight(p.pos_weight), grad_loss(p.grad_loss);
+  BroadcastReader<T> weight(extras && !p.weight.data ? one : p.weight);
+  BroadcastReader<T> pos_weight(extras && !p.pos_weight.data ? one : p.pos_weight);
+  BroadcastReader<T> grad_loss(p.grad_loss);
   DenseWriter<T, T> losses(has_losses(pass_of(p)) ? p.loss : nullptr, p.loss_dtype);
   DenseWriter<T, L> grad_logits(p.grad_logits, p.logits.dtype);
   alignas(kVectorBytes) T factors[kTile<T>];
@@ -267,6 +310,9 @@ double run_range(const Problem& p, int64_t begin, int64_t end) {
     tile.losses = losses.tile(i, count);
     tile.grad_logits = grad_logits.tile(i, count);
     tile.grad_scale = static_cast<T>(1 / p.divisor);
+    tile.ignore_index = static_cast<T>(p.ignore_index);
+    tile.target_scale = static_cast<T>(p.target_scale);
+    tile.target_shift = static_cast<T>(p.target_shift);
     sum += run(tile);
     losses.finish(i, count);
     grad_logits.finish(i, count);
@@ -274,18 +320,16 @@ double run_range(const Problem& p, int64_t begin, int64_t end) {
   return sum;
 }
 
-// The pairs that are common have loops of their own.
+// Half types are read as they are; every other target is brought to the arithmetic's type.
 double run(const Problem& p, int64_t begin, int64_t end) {
-  const auto are = [&](DType logits, DType target) {
-    return p.logits.dtype == logits && p.target.dtype == target;
-  };
+  const bool alike = p.logits.dtype == p.target.dtype;
   if (computes_in_double(p)) return run_range<double, double, double>(p, begin, end);
-  if (are(DType::kBFloat16, DType::kBFloat16))
-    return run_range<float, BFloat16, BFloat16>(p, begin, end);
-  if (are(DType::kBFloat16, DType::kFloat32))
-    return run_range<float, BFloat16, float>(p, begin, end);
-  if (are(DType::kFloat16, DType::kFloat16))
-    return run_range<float, Float16, Float16>(p, begin, end);
-  if (are(DType::kFloat16, DType::kFloat32)) return run_range<float, Float16, float>(p, begin, end);
+  if (has_extras(p)) return run_range<float, float, float>(p, begin, end);
+  if (p.logits.dtype == DType::kBFloat16)
+    return alike ? run_range<float, BFloat16, BFloat16>(p, begin, end)
+                 : run_range<float, BFloat16, float>(p, begin, end);
+  if (p.logits.dtype == DType::kFloat16)
+    return alike ? run_range<float, Float16, Float16>(p, begin, end)
+                 : run_range<float, Float16, float>(p, begin, end);
   return run_range<float, float, float>(p, begin, end);
 }

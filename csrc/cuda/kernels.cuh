@@ -19,14 +19,22 @@ namespace fused_bce {
 
 constexpr int kWarp = 32;
 
+// In the place of a target's type: any, known at run time only. For rare pairs.
+struct AnyTarget {};
+
 // Every number of the loop that is known when it is compiled.
-template <class L, class T>
+template <class L, class T, bool kGeneral>
 struct Shape {
   // The arithmetic's type
   using C = std::conditional_t<std::is_same_v<L, double>, double, float>;
-  static constexpr int kSmallest = sizeof(L) < sizeof(T) ? sizeof(L) : sizeof(T);
+  static constexpr bool kAnyTarget = std::is_same_v<T, AnyTarget>;
+  static constexpr int kSmallest = kAnyTarget || sizeof(L) < sizeof(T) ? sizeof(L) : sizeof(T);
   // Elements of a vector: 16 bytes of the narrower operand
   static constexpr int kVector = 16 / kSmallest;
+  // What a vector of targets is loaded as
+  using Target = std::conditional_t<kAnyTarget, C, T>;
+  // Vectors whose loads are under way together, as far as the registers suffice.
+  static constexpr int kInFlight = kGeneral || kVector > 8 ? 1 : 2;
 };
 
 // Sum over the block in a fixed order, for thread 0.
@@ -102,6 +110,30 @@ __device__ __forceinline__ void store(const Pack<S, N>& pack, void* data, int64_
   }
 }
 
+// A vector of targets: as they are stored, or brought to the arithmetic's type.
+template <bool kWhole, class S>
+__device__ __forceinline__ Pack<typename S::Target, S::kVector> load_target(const Dense& target,
+                                                                            int64_t i,
+                                                                            int64_t numel) {
+  using T = typename S::Target;
+  constexpr int N = S::kVector;
+  const T zero{};
+  if constexpr (S::kAnyTarget) {
+    Pack<T, N> pack;
+    with_target_dtype(target.dtype, [&](auto tag) {
+      const auto* p = static_cast<const decltype(tag)*>(target.data) + i;
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        pack.v[k] = zero;
+        if (kWhole || i + k < numel) convert(p[k], pack.v[k]);
+      }
+    });
+    return pack;
+  } else {
+    return load<kWhole, T, N>(target.data, i, numel, zero);
+  }
+}
+
 // pos_weight, and the product of weight and grad_loss.
 template <class C, int N>
 __device__ __forceinline__ void load_weights(const Arguments& a, int64_t at, C (&positive)[N],
@@ -115,21 +147,21 @@ __device__ __forceinline__ void load_weights(const Arguments& a, int64_t at, C (
 }
 
 // The elements of one chunk that belong to this thread; returns the sum of their losses.
-template <class L, class T, Pass kPass, bool kWeighted, bool kWhole>
+template <class S, class L, Pass kPass, bool kGeneral, bool kWhole>
 __device__ __forceinline__ double run_chunk(const Arguments& a, int64_t chunk,
-                                            typename Shape<L, T>::C grad_scale) {
-  using S = Shape<L, T>;
+                                            typename S::C grad_scale) {
   using C = typename S::C;
+  using T = typename S::Target;
   constexpr int N = S::kVector;
-  // Vectors whose loads are under way together; with weights the registers suffice for one.
-  constexpr int kInFlight = kWeighted ? 1 : 2;
+  constexpr int kInFlight = S::kInFlight;
   constexpr int kStep = kThreads * N * kInFlight;
   static_assert(kChunk % kStep == 0);
   const Problem& p = a.problem;
   L outside;  // the loss of (-inf, 0) is 0
   convert(-std::numeric_limits<C>::infinity(), outside);
-  T zero;
-  convert(C(0), zero);
+  const C ignore_index = static_cast<C>(p.ignore_index);
+  const C target_scale = static_cast<C>(p.target_scale);
+  const C target_shift = static_cast<C>(p.target_shift);
 
   double sum = 0;
   int64_t i = chunk * kChunk + static_cast<int64_t>(threadIdx.x) * N;
@@ -141,7 +173,7 @@ __device__ __forceinline__ double run_chunk(const Arguments& a, int64_t chunk,
     for (int u = 0; u < kInFlight; ++u) {
       const int64_t at = i + u * kThreads * N;
       logits[u] = load<kWhole, L, N>(p.logits.data, at, p.numel, outside);
-      target[u] = load<kWhole, T, N>(p.target.data, at, p.numel, zero);
+      target[u] = load_target<kWhole, S>(p.target, at, p.numel);
     }
     C step_sum = 0;
 #pragma unroll
@@ -150,19 +182,21 @@ __device__ __forceinline__ double run_chunk(const Arguments& a, int64_t chunk,
       if (!kWhole && at >= p.numel) break;
       C losses[N], grads[N];
       C positive[N], factor[N];
-      if constexpr (kWeighted) load_weights(a, at, positive, factor);
+      if constexpr (kGeneral) load_weights(a, at, positive, factor);
 #pragma unroll
       for (int k = 0; k < N; ++k) {
-        C x, t;
+        C x, given;
         convert(logits[u].v[k], x);
-        convert(target[u].v[k], t);
+        convert(target[u].v[k], given);
         // A padded element must add nothing, whatever its weights are.
-        const bool weighted = kWeighted && (kWhole || at + k < p.numel);
-        LossAndGrad<Lane<C>> r = bce_with_logits<kWeighted>(Lane<C>(x), Lane<C>(t),
-                                                            Lane<C>(weighted ? positive[k] : C(1)));
-        if (weighted) {
-          r.loss.v *= factor[k];
-          r.grad.v *= factor[k];
+        const bool general = kGeneral && (kWhole || at + k < p.numel);
+        const C t = general ? ::fma(given, target_scale, target_shift) : given;
+        LossAndGrad<Lane<C>> r = bce_with_logits<kGeneral>(Lane<C>(x), Lane<C>(t),
+                                                           Lane<C>(general ? positive[k] : C(1)));
+        if (general) {
+          const bool ignored = given == ignore_index;
+          r.loss.v = ignored ? C(0) : r.loss.v * factor[k];
+          r.grad.v = ignored ? C(0) : r.grad.v * factor[k];
         }
         if constexpr (has_sum(kPass)) step_sum += r.loss.v;
         losses[k] = r.loss.v;
@@ -180,10 +214,13 @@ __device__ __forceinline__ double run_chunk(const Arguments& a, int64_t chunk,
   return sum;
 }
 
-template <class L, class T, Pass kPass, bool kWeighted>
+// kGeneral: with weights, pos_weight, a grad_loss for each element, targets that are smoothed or
+// ignored, or any of these.
+template <class L, class T, Pass kPass, bool kGeneral>
 __global__ void __launch_bounds__(kThreads)
     bce_kernel(const __grid_constant__ Arguments a, Workspace workspace) {
-  using C = typename Shape<L, T>::C;
+  using S = Shape<L, T, kGeneral>;
+  using C = typename S::C;
   const Problem& p = a.problem;
   C grad_scale = static_cast<C>(1 / divisor_of(p));
   if (a.grad_loss_number.data)
@@ -192,8 +229,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t chunks = chunks_of(p.numel);
   for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     const bool whole = a.aligned && (chunk + 1) * kChunk <= p.numel;
-    double sum = whole ? run_chunk<L, T, kPass, kWeighted, true>(a, chunk, grad_scale)
-                       : run_chunk<L, T, kPass, kWeighted, false>(a, chunk, grad_scale);
+    double sum = whole ? run_chunk<S, L, kPass, kGeneral, true>(a, chunk, grad_scale)
+                       : run_chunk<S, L, kPass, kGeneral, false>(a, chunk, grad_scale);
     if constexpr (has_sum(kPass)) {
       sum = block_sum(sum);
       if (threadIdx.x == 0) {
@@ -211,9 +248,13 @@ __global__ void __launch_bounds__(kThreads)
 template <class L, class T, Pass kPass>
 void launch_pass(const Arguments& a, const Workspace& workspace, unsigned blocks,
                  cudaStream_t stream) {
-  const bool weighted =
-      a.problem.weight.data || a.problem.pos_weight.data || a.grad_loss.operand.data;
-  auto* const kernel = weighted ? bce_kernel<L, T, kPass, true> : bce_kernel<L, T, kPass, false>;
+  auto* kernel = bce_kernel<L, T, kPass, true>;
+  if constexpr (!std::is_same_v<T, AnyTarget>) {
+    const Problem& p = a.problem;
+    const bool general =
+        p.weight.data || p.pos_weight.data || a.grad_loss.operand.data || has_extras(p);
+    if (!general) kernel = bce_kernel<L, T, kPass, false>;
+  }
   kernel<<<blocks, kThreads, 0, stream>>>(a, workspace);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <atomic>
 
-#include "launch.cuh"
+#include "kernels.cuh"
 
 namespace fused_bce {
 namespace {
@@ -58,14 +58,54 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// The sums are of integers, and so exact in any order.
+template <class S, class C>
+__global__ void __launch_bounds__(kThreads)
+    count_kept_kernel(const S* target, int64_t numel, bool aligned, C ignore_index, double* count) {
+  const auto is_kept = [&](S stored) {
+    C value;
+    convert(stored, value);
+    return value != ignore_index;
+  };
+  constexpr int N = 16 / sizeof(S);
+  const int64_t vectors = aligned ? numel / N : 0;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  int kept = 0;
+  for (int64_t i = first; i < vectors; i += stride) {
+    const Pack<S, N> pack = load_pack<S, N>(target + i * N);
+#pragma unroll
+    for (int k = 0; k < N; ++k) kept += is_kept(pack.v[k]);
+  }
+  for (int64_t i = vectors * N + first; i < numel; i += stride) kept += is_kept(target[i]);
+  const double kept_in_block = block_sum(kept);
+  if (threadIdx.x == 0) atomicAdd(count, kept_in_block);
+}
+
+// Blocks for a pass of 16 bytes a thread: enough to keep any GPU busy, few enough to be over
+// quickly when there is nothing to do.
+unsigned blocks_of_vectors(int64_t bytes) {
+  constexpr int64_t kMostBlocks = 2048;
+  return blocks_for(std::min(bytes / 16 / kThreads + 1, kMostBlocks));
+}
+
+template <class S>
+void launch_count_kept(const Dense& target, int64_t numel, int64_t ignore_index, double* count,
+                       cudaStream_t stream) {
+  using C = std::conditional_t<std::is_same_v<S, double>, double, float>;
+  const unsigned blocks = blocks_of_vectors(numel * static_cast<int64_t>(sizeof(S)));
+  count_kept_kernel<S, C><<<blocks, kThreads, 0, stream>>>(static_cast<const S*>(target.data),
+                                                           numel, is_aligned(target.data),
+                                                           static_cast<C>(ignore_index), count);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
 template <class S, class C>
 void launch_scale(void* grad_logits, int64_t numel, const void* grad_loss, DType grad_loss_dtype,
                   cudaStream_t stream) {
-  // Enough to keep any GPU busy, few enough to be over quickly when there is nothing to do.
-  constexpr int64_t kMostBlocks = 2048;
-  const int64_t wanted = (numel * static_cast<int64_t>(sizeof(S)) / 16 + kThreads) / kThreads;
-  scale_kernel<S, C><<<blocks_for(std::min(wanted, kMostBlocks)), kThreads, 0, stream>>>(
-      static_cast<S*>(grad_logits), numel, grad_loss, grad_loss_dtype);
+  const unsigned blocks = blocks_of_vectors(numel * static_cast<int64_t>(sizeof(S)));
+  scale_kernel<S, C><<<blocks, kThreads, 0, stream>>>(static_cast<S*>(grad_logits), numel,
+                                                      grad_loss, grad_loss_dtype);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -107,6 +147,36 @@ void launch_cuda(const Problem& problem, void* workspace_bytes, void* stream_han
       return launch_float32(a, workspace, blocks, stream);
     case DType::kFloat64:
       return launch_float64(a, workspace, blocks, stream);
+    default:
+      return;  // logits are no integers
+  }
+}
+
+void launch_cuda_count_kept(const Dense& target, int64_t numel, int64_t ignore_index, double* count,
+                            void* stream_handle) {
+  const auto stream = static_cast<cudaStream_t>(stream_handle);
+  if (numel == 0) return;
+  switch (target.dtype) {
+    case DType::kFloat16:
+      return launch_count_kept<__half>(target, numel, ignore_index, count, stream);
+    case DType::kBFloat16:
+      return launch_count_kept<__nv_bfloat16>(target, numel, ignore_index, count, stream);
+    case DType::kFloat32:
+      return launch_count_kept<float>(target, numel, ignore_index, count, stream);
+    case DType::kFloat64:
+      return launch_count_kept<double>(target, numel, ignore_index, count, stream);
+    case DType::kBool:
+      return launch_count_kept<Boolean>(target, numel, ignore_index, count, stream);
+    case DType::kUInt8:
+      return launch_count_kept<uint8_t>(target, numel, ignore_index, count, stream);
+    case DType::kInt8:
+      return launch_count_kept<int8_t>(target, numel, ignore_index, count, stream);
+    case DType::kInt16:
+      return launch_count_kept<int16_t>(target, numel, ignore_index, count, stream);
+    case DType::kInt32:
+      return launch_count_kept<int32_t>(target, numel, ignore_index, count, stream);
+    case DType::kInt64:
+      return launch_count_kept<int64_t>(target, numel, ignore_index, count, stream);
   }
 }
 
@@ -124,6 +194,8 @@ void launch_cuda_scale(void* grad_logits, DType dtype, int64_t numel, const void
       return launch_scale<float, float>(grad_logits, numel, grad_loss, grad_loss_dtype, stream);
     case DType::kFloat64:
       return launch_scale<double, double>(grad_logits, numel, grad_loss, grad_loss_dtype, stream);
+    default:
+      return;  // gradients are no integers
   }
 }
 

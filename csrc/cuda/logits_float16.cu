@@ -7,12 +7,12 @@ void launch_float16(const Arguments& a, const Workspace& workspace, unsigned blo
   switch (a.problem.target.dtype) {
     case DType::kFloat16:
       return launch_pair<__half, __half>(a, workspace, blocks, stream);
-    case DType::kBFloat16:
-      return launch_pair<__half, __nv_bfloat16>(a, workspace, blocks, stream);
     case DType::kFloat32:
       return launch_pair<__half, float>(a, workspace, blocks, stream);
-    case DType::kFloat64:
-      break;  // computed in double, with float64 logits
+    case DType::kBool:
+      return launch_pair<__half, Boolean>(a, workspace, blocks, stream);
+    default:
+      return launch_pair<__half, AnyTarget>(a, workspace, blocks, stream);
   }
 }
 

@@ -5,14 +5,12 @@ namespace fused_bce {
 void launch_float32(const Arguments& a, const Workspace& workspace, unsigned blocks,
                     cudaStream_t stream) {
   switch (a.problem.target.dtype) {
-    case DType::kFloat16:
-      return launch_pair<float, __half>(a, workspace, blocks, stream);
-    case DType::kBFloat16:
-      return launch_pair<float, __nv_bfloat16>(a, workspace, blocks, stream);
     case DType::kFloat32:
       return launch_pair<float, float>(a, workspace, blocks, stream);
-    case DType::kFloat64:
-      break;  // computed in double, with float64 logits
+    case DType::kBool:
+      return launch_pair<float, Boolean>(a, workspace, blocks, stream);
+    default:
+      return launch_pair<float, AnyTarget>(a, workspace, blocks, stream);
   }
 }
 

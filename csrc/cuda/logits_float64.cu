@@ -2,10 +2,14 @@
 
 namespace fused_bce {
 
-// The target is float64, too: ops.cpp widens the rare other pairs.
 void launch_float64(const Arguments& a, const Workspace& workspace, unsigned blocks,
                     cudaStream_t stream) {
-  launch_pair<double, double>(a, workspace, blocks, stream);
+  switch (a.problem.target.dtype) {
+    case DType::kFloat64:
+      return launch_pair<double, double>(a, workspace, blocks, stream);
+    default:
+      return launch_pair<double, AnyTarget>(a, workspace, blocks, stream);
+  }
 }
 
 }  // namespace fused_bce

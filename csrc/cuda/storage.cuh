@@ -5,28 +5,15 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../bce_problem.h"
 
 namespace fused_bce {
 
-template <class S>
-struct Storage;
-template <>
-struct Storage<__half> {
-  static constexpr DType kDType = DType::kFloat16;
-};
-template <>
-struct Storage<__nv_bfloat16> {
-  static constexpr DType kDType = DType::kBFloat16;
-};
-template <>
-struct Storage<float> {
-  static constexpr DType kDType = DType::kFloat32;
-};
-template <>
-struct Storage<double> {
-  static constexpr DType kDType = DType::kFloat64;
+// A byte that is not 0 is true.
+struct Boolean {
+  uint8_t byte;
 };
 
 // N elements, in accesses of 16 bytes where they are as many.
@@ -56,6 +43,15 @@ __device__ __forceinline__ void store_pack(const Pack<S, N>& pack, S* p) {
   } else {
     *reinterpret_cast<Pack<S, N>*>(p) = pack;
   }
+}
+
+// Of targets only
+__device__ __forceinline__ void convert(Boolean in, float& out) { out = in.byte != 0; }
+__device__ __forceinline__ void convert(Boolean in, double& out) { out = in.byte != 0; }
+template <class Integer, class C>
+__device__ __forceinline__ std::enable_if_t<std::is_integral_v<Integer>> convert(Integer in,
+                                                                                 C& out) {
+  out = static_cast<C>(in);
 }
 
 __device__ __forceinline__ void convert(__half in, float& out) { out = __half2float(in); }
@@ -117,6 +113,34 @@ __device__ __forceinline__ void with_dtype(DType dtype, F f) {
       return f(float{});
     case DType::kFloat64:
       return f(double{});
+    default:
+      return;  // integers are targets: with_target_dtype
+  }
+}
+
+template <class F>
+__device__ __forceinline__ void with_target_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return f(__half{});
+    case DType::kBFloat16:
+      return f(__nv_bfloat16{});
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kFloat64:
+      return f(double{});
+    case DType::kBool:
+      return f(Boolean{});
+    case DType::kUInt8:
+      return f(uint8_t{});
+    case DType::kInt8:
+      return f(int8_t{});
+    case DType::kInt16:
+      return f(int16_t{});
+    case DType::kInt32:
+      return f(int32_t{});
+    case DType::kInt64:
+      return f(int64_t{});
   }
 }
 

@@ -1,0 +1,643 @@
+"""What this loss takes beyond torch's: bool and integer targets, label smoothing, ignore_index,
+validation of the targets."""
+
+import copy
+import io
+import itertools
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    FLOATS,
+    assert_double_close,
+    assert_results_no_worse,
+    by_dtype,
+    by_reduction,
+    by_weights,
+    draw_weights,
+    dtype_name,
+    evaluate,
+    fused,
+    is_fused,
+    outcome,
+    reference,
+    torch_bce,
+)
+from torch.autograd import forward_ad
+
+import fused_bce
+from fused_bce import BCEWithLogitsLoss
+
+# torch's own, of forward-mode differentiation too.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
+
+NAN, INF = math.nan, math.inf
+DOUBLE = torch.float64
+INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+TARGETS = INTEGERS + FLOATS
+
+by_integer = pytest.mark.parametrize("target_dtype", INTEGERS, ids=dtype_name)
+by_target = pytest.mark.parametrize("target_dtype", TARGETS, ids=dtype_name)
+
+
+def hard(shape, device, dtype=torch.bool):
+    return torch.randint(2, torch.Size([shape]) if isinstance(shape, int) else shape).to(
+        device, dtype
+    )
+
+
+def logits_of(shape, device, dtype=torch.float32):
+    return (torch.randn(shape) * 4).to(device, dtype)
+
+
+def check_as_floats(logits, target, **options):
+    """What torch makes of the same targets as numbers of the logits' dtype."""
+    ours = evaluate(fused, logits, target, **options)
+    theirs = evaluate(torch_bce, logits, target.to(logits.dtype), **options)
+    exact = reference(logits, target, **options)._replace(grad_target=None)
+    assert_results_no_worse(ours, theirs, exact)
+    return ours
+
+
+# bool and integer targets
+
+
+@by_weights
+@by_reduction
+@by_dtype
+@by_integer
+def test_integer_targets(target_dtype, dtype, reduction, weights, device):
+    logits, target = logits_of((7, 33), device, dtype), hard((7, 33), device, target_dtype)
+    options = {"reduction": reduction, **draw_weights(weights, (33,), device)}
+    got = check_as_floats(logits, target, **options)
+    assert is_fused(fused(logits.requires_grad_(), target, **options))
+    # Bit for bit what the same numbers give in the dtype of the arithmetic, but for its dtype.
+    wide = evaluate(fused, logits, target.to(torch.promote_types(dtype, torch.float32)), **options)
+    assert torch.equal(got.loss, wide.loss.to(dtype))
+    assert torch.equal(got.grad_logits, wide.grad_logits)
+
+
+@by_integer
+def test_every_tail(target_dtype, device):
+    for n in (*range(70), 255, 511, 512, 513, 8191, 8193, 16385):
+        check_as_floats(logits_of(n, device), hard(n, device, target_dtype), reduction="none")
+        if n:
+            check_as_floats(logits_of(n, device), hard(n, device, target_dtype))
+
+
+LAYOUTS = {
+    "transposed": lambda t: t.t().contiguous().t(),
+    "sliced": lambda t: t.repeat_interleave(2, dim=1)[:, ::2],
+    "expanded": lambda t: t[:1].expand_as(t),
+    "offset": lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view_as(t),
+}
+
+
+@by_reduction
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@by_integer
+def test_layouts_of_integers(target_dtype, layout, reduction, device):
+    logits, target = logits_of((6, 5), device), hard((6, 5), device, target_dtype)
+    plain = evaluate(fused, logits, target, reduction=reduction)
+    for x, t in ((logits, layout(target)), (layout(logits), layout(target))):
+        got = check_as_floats(x, t, reduction=reduction)
+        if layout is not LAYOUTS["expanded"]:
+            torch.testing.assert_close(got, plain)
+        if reduction == "none" and layout is LAYOUTS["transposed"]:
+            assert got.loss.stride() == t.stride()
+
+
+def test_a_byte_that_is_not_zero_is_true(device):
+    target = torch.tensor([0, 1, 2, 255], dtype=torch.uint8, device=device).view(torch.bool)
+    logits = logits_of(4, device)
+    expected = torch_bce(logits, target.float(), reduction="none")
+    torch.testing.assert_close(fused(logits, target, reduction="none"), expected)
+    assert fused_bce._C is not None
+    ignoring = fused(logits, target, ignore_index=1)
+    torch.testing.assert_close(ignoring, expected[0])
+
+
+@by_integer
+def test_integers_beyond_the_unit_interval(target_dtype, device):
+    # Unchecked, as floats are.
+    if target_dtype is torch.bool:
+        pytest.skip("a bool is 0 or 1")
+    target = torch.tensor([2, 100, 3, 0]).to(device, target_dtype)
+    check_as_floats(logits_of(4, device), target, reduction="none")
+
+
+@by_reduction
+@by_dtype
+def test_integer_target_backward_again(dtype, reduction, device):
+    # float16 recomputes its gradient; the derivative of the gradient is in torch's operations.
+    logits, target = logits_of((5, 6), device, dtype).requires_grad_(), hard((5, 6), device)
+    loss = fused(logits, target, reduction=reduction)
+    ones = torch.ones_like(loss)
+    first, second = (
+        torch.autograd.grad(loss, logits, ones, retain_graph=True)[0] for _ in range(2)
+    )
+    (differentiable,) = torch.autograd.grad(loss, logits, ones, create_graph=True)
+    rtol = 4 * torch.finfo(dtype).eps
+    for other in (second, differentiable):
+        torch.testing.assert_close(other, first, rtol=rtol, atol=rtol * first.abs().max().item())
+
+
+@by_integer
+def test_integer_target_under_autocast(target_dtype, device):
+    logits = logits_of((5, 6), device, torch.bfloat16).requires_grad_()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        loss = fused(logits, hard((5, 6), device, target_dtype))
+    assert loss.dtype is torch.float32
+    loss.backward()
+    assert logits.grad.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.complex64], ids=dtype_name)
+def test_other_targets_raise_as_torch_does(dtype, device):
+    logits, target = logits_of(4, device), torch.ones(4, device=device).to(dtype)
+    expected = outcome(torch_bce, logits, target).error
+    assert outcome(fused, logits, target).error == expected
+
+
+def test_integer_target_of_another_size(device):
+    with pytest.raises(ValueError, match=r"Target size \(torch.Size\(\[3\]\)\) must be the same"):
+        fused(logits_of(4, device), hard(3, device), ignore_index=0)
+
+
+# Label smoothing
+
+
+def smoothed_by_hand(label_smoothing):
+    def loss(input, target, **options):
+        target = target.to(torch.promote_types(input.dtype, torch.float32))
+        target = target * (1 - label_smoothing) + label_smoothing / 2
+        return torch_bce(input, target, **options)
+
+    return loss
+
+
+def check_by_hand(by_hand, extras, logits, target, target_grad=False, grad_loss=None, **options):
+    """The same as the loss by hand in float64, up to some roundings of the dtypes."""
+    got = evaluate(
+        fused, logits, target, target_grad=target_grad, grad_loss=grad_loss, **extras, **options
+    )
+    options = {name: w.double() if torch.is_tensor(w) else w for name, w in options.items()}
+    exact = evaluate(
+        by_hand,
+        logits.double(),
+        target.double() if target.is_floating_point() else target,
+        target_grad=target_grad,
+        grad_loss=None if grad_loss is None else grad_loss.double(),
+        **options,
+    )
+    for g, e in zip(got, exact, strict=True):
+        assert (g is None) == (e is None)
+        if g is not None and e.numel():
+            # Smoothed targets round in the arithmetic's dtype, and near 0 gradients cancel.
+            rtol = 8 * torch.finfo(g.dtype).eps
+            atol = rtol * max(1.0, e.abs().max().item())
+            torch.testing.assert_close(g.double(), e, rtol=rtol, atol=atol)
+    return got
+
+
+@by_weights
+@by_reduction
+@by_target
+@by_dtype
+def test_label_smoothing(dtype, target_dtype, reduction, weights, device):
+    logits, target = logits_of((7, 33), device, dtype), hard((7, 33), device, target_dtype)
+    options = {"reduction": reduction, **draw_weights(weights, (33,), device)}
+    for label_smoothing in (0.1, 0.75):
+        check_by_hand(
+            smoothed_by_hand(label_smoothing),
+            {"label_smoothing": label_smoothing},
+            logits,
+            target,
+            target_grad=target_dtype.is_floating_point,
+            **options,
+        )
+
+
+def test_label_smoothing_of_nothing_is_exact(device):
+    logits, target = logits_of((7, 33), device), torch.rand(7, 33, device=device)
+    got = evaluate(fused, logits, target, label_smoothing=0.0, ignore_index=None)
+    torch.testing.assert_close(got, evaluate(fused, logits, target), rtol=0, atol=0)
+
+
+# ignore_index
+
+
+def masked_by_hand(ignore_index, label_smoothing=0.0):
+    """Selects what is kept; for none puts the rest back as 0."""
+
+    def loss(input, target, weight=None, pos_weight=None, reduction="mean"):
+        keep = target != ignore_index
+        options = {
+            name: w.expand_as(input)[keep]
+            for name, w in (("weight", weight), ("pos_weight", pos_weight))
+            if w is not None
+        }
+        kept = smoothed_by_hand(label_smoothing)(
+            input[keep], target[keep], reduction="none", **options
+        )
+        if reduction == "none":
+            return torch.zeros_like(input).masked_scatter(keep, kept)
+        total = kept.sum()
+        return total / max(1, int(keep.sum())) if reduction == "mean" else total
+
+    return loss
+
+
+def with_ignored(shape, ignore_index, device, dtype):
+    target = torch.randint(2, shape)
+    target[torch.rand(shape) < 0.3] = ignore_index
+    return target.to(device, dtype)
+
+
+def an_ignored_value(dtype) -> int:
+    return {torch.bool: 1, torch.uint8: 255}.get(dtype, -100)
+
+
+@by_weights
+@by_reduction
+@by_target
+@by_dtype
+def test_ignore_index(dtype, target_dtype, reduction, weights, device):
+    ignore_index = an_ignored_value(target_dtype)
+    target = with_ignored((7, 33), ignore_index, device, target_dtype)
+    ignored = target == ignore_index
+    logits = logits_of((7, 33), device, dtype)
+    # Whatever the logit is.
+    logits[ignored] = torch.tensor([NAN, INF, -INF, 3.0], device=device, dtype=dtype).repeat(99)[
+        : int(ignored.sum())
+    ]
+    weights = draw_weights(weights, (7, 33), device)
+    for weight in weights.values():
+        weight[ignored] = NAN
+    for label_smoothing in (0.0, 0.2):
+        got = check_by_hand(
+            masked_by_hand(ignore_index, label_smoothing),
+            {"ignore_index": ignore_index, "label_smoothing": label_smoothing},
+            logits,
+            target,
+            reduction=reduction,
+            **weights,
+        )
+        assert (got.grad_logits[ignored] == 0).all()
+        assert (got.grad_logits[~ignored] != 0).any()
+        if reduction == "none":
+            assert (got.loss[ignored] == 0).all()
+
+
+@by_reduction
+@by_dtype
+def test_nothing_left(dtype, reduction, device):
+    target = torch.full((3, 5), -1.0, device=device).to(dtype)
+    logits = torch.full((3, 5), NAN, device=device).to(dtype)
+    for shape in ((3, 5), (0, 5)):
+        x, t = logits[: shape[0]], target[: shape[0]]
+        got = evaluate(fused, x, t, reduction=reduction, ignore_index=-1)
+        assert (got.loss == 0).all()
+        assert (got.grad_logits == 0).all()
+        with torch.no_grad():
+            assert (fused(x, t, reduction=reduction, ignore_index=-1) == 0).all()
+
+
+def test_a_nan_that_is_not_ignored_stays(device):
+    logits = torch.tensor([NAN, 1.0, NAN], device=device)
+    target = torch.tensor([1, 1, 5], dtype=torch.uint8, device=device)
+    got = evaluate(fused, logits, target, reduction="none", ignore_index=5)
+    assert got.loss.isnan().tolist() == [True, False, False]
+    assert got.grad_logits.isnan().tolist() == [True, False, False]
+
+
+def test_float_targets_are_compared_exactly(device):
+    target = torch.tensor([1.0, 1 + 2**-52, 0.0, -0.0, NAN], device=device, dtype=DOUBLE)
+    logits = torch.ones(5, device=device, dtype=DOUBLE)
+    losses = fused(logits, target, reduction="none", ignore_index=1)
+    assert (losses == 0).tolist() == [True, False, False, False, False]
+    losses = fused(logits, target, reduction="none", ignore_index=0)
+    assert (losses == 0).tolist() == [False, False, True, True, False]
+
+
+@by_target
+def test_count_kept(target_dtype, device):
+    count_kept = torch.ops.fused_bce.count_kept
+    for shape in ((0,), (), (1,), (33,), (300, 67), (16385,)):
+        ignore_index = an_ignored_value(target_dtype)
+        target = with_ignored(shape, ignore_index, device, target_dtype)
+        layouts = [target, target.flatten()[1:]]
+        if target.dim() == 2:
+            layouts += [target.t(), target[:, ::3], target[:1].expand(5, -1)]
+        for t in layouts:
+            count = count_kept(t, ignore_index)
+            assert (count.dtype, count.shape, count.device) == (DOUBLE, (), t.device)
+            assert count.item() == int((t != ignore_index).sum())
+    if target_dtype.is_floating_point:
+        zeros = torch.tensor([0.0, -0.0, 1.0, NAN], device=device).to(target_dtype)
+        assert count_kept(zeros, 0).item() == 2
+
+
+def test_ignoring_is_deterministic(device):
+    logits = logits_of(300_000, device)
+    target = with_ignored((300_000,), 255, device, torch.uint8)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(evaluate(fused, logits, target, ignore_index=255))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+
+
+@by_reduction
+@pytest.mark.parametrize("create_graph", [False, True], ids=["plain", "create_graph"])
+def test_backward_again(create_graph, reduction, device):
+    target = with_ignored((6, 5), -1, device, DOUBLE)
+    logits = logits_of((6, 5), device, DOUBLE)
+    logits[target == -1] = NAN
+    logits.requires_grad_()
+    extras = {"ignore_index": -1, "label_smoothing": 0.1}
+    loss = fused(logits, target, reduction=reduction, **extras)
+    grad_loss = torch.rand_like(loss)
+    first, second = (
+        torch.autograd.grad(
+            loss, logits, grad_loss, retain_graph=True, create_graph=create_graph and again
+        )[0]
+        for again in (False, True)
+    )
+    assert_double_close(second, first)
+
+
+EXTRAS = {
+    "label_smoothing": {"label_smoothing": 0.3},
+    "ignore_index": {"ignore_index": -1},
+    "both": {"label_smoothing": 0.3, "ignore_index": -1},
+}
+by_extras = pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
+
+
+@by_weights
+@by_reduction
+@by_extras
+def test_gradcheck(extras, reduction, weights, device):
+    logits = logits_of((3, 4), device, DOUBLE).requires_grad_()
+    # Targets that a step of gradcheck does not bring to the ignored value.
+    target = with_ignored((3, 4), -1, device, DOUBLE)
+    weights = draw_weights(weights, (4,), device, DOUBLE)
+
+    def loss(x):
+        return fused(x, target, reduction=reduction, **extras, **weights)
+
+    assert torch.autograd.gradcheck(loss, logits, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(loss, logits)
+
+
+@by_reduction
+@by_extras
+def test_gradient_of_the_target(extras, reduction, device):
+    target = with_ignored((6, 5), -1, device, DOUBLE)
+    logits = logits_of((6, 5), device, DOUBLE)
+    by_hand = masked_by_hand(extras.get("ignore_index", NAN), extras.get("label_smoothing", 0))
+    got = evaluate(fused, logits, target, target_grad=True, reduction=reduction, **extras)
+    exact = evaluate(by_hand, logits, target, target_grad=True, reduction=reduction)
+    for g, e in zip(got, exact, strict=True):
+        assert_double_close(g, e)
+
+
+# Where torch's function takes the kernel's place
+
+
+def by_torch_alone(input, target, *, label_smoothing=0.0, ignore_index=None, **options):
+    return masked_by_hand(NAN if ignore_index is None else ignore_index, label_smoothing)(
+        input, target, **options
+    )
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(f)(x),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),)),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("target_dtype", [torch.int64, DOUBLE], ids=dtype_name)
+@by_extras
+def test_func_transforms(extras, target_dtype, transform, device):
+    target = with_ignored((3, 4), -1, device, target_dtype)
+    logits = logits_of((3, 4), device, DOUBLE)
+    got = transform(lambda x: fused(x, target, **extras), logits)
+    keep = target != extras.get("ignore_index", NAN)
+    exact = transform(
+        lambda x: (
+            (
+                smoothed_by_hand(extras.get("label_smoothing", 0.0))(x, target, reduction="none")
+                * keep
+            ).sum()
+            / keep.sum()
+        ),
+        logits,
+    )
+    torch.testing.assert_close(got, exact)
+
+
+@by_reduction
+@by_extras
+def test_vmap(extras, reduction, device):
+    target = with_ignored((3, 4), -1, device, torch.int8)
+    logits = logits_of((3, 4), device, DOUBLE)
+    got = torch.vmap(lambda x, t: fused(x, t, reduction=reduction, **extras))(logits, target)
+    rows = [
+        by_torch_alone(x, t, reduction=reduction, **extras)
+        for x, t in zip(logits, target, strict=True)
+    ]
+    assert_double_close(got, torch.stack(rows))
+
+
+@by_extras
+def test_forward_mode(extras, device):
+    target = with_ignored((3, 4), -1, device, DOUBLE)
+    logits = logits_of((3, 4), device, DOUBLE)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(logits, torch.ones_like(logits))
+        tangent = forward_ad.unpack_dual(fused(dual, target, **extras)).tangent
+    assert_double_close(tangent, evaluate(fused, logits, target, **extras).grad_logits.sum())
+
+
+@by_reduction
+@by_extras
+def test_jit_script(extras, reduction, device):
+    loss = BCEWithLogitsLoss(reduction=reduction, **extras).to(device)
+    target = with_ignored((3, 4), -1, device, torch.int64)
+    logits = logits_of((3, 4), device, DOUBLE)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(loss), file)
+    file.seek(0)
+    assert_double_close(torch.jit.load(file)(logits, target), loss(logits, target))
+
+
+# Validation
+
+
+@by_target
+def test_valid_targets(target_dtype, device):
+    logits, target = logits_of((3, 4), device), hard((3, 4), device, target_dtype)
+    torch.testing.assert_close(
+        fused(logits, target, validate_targets=True), fused(logits, target), rtol=0, atol=0
+    )
+    ignored = with_ignored((3, 4), an_ignored_value(target_dtype), device, target_dtype)
+    fused(logits, ignored, ignore_index=an_ignored_value(target_dtype), validate_targets=True)
+
+
+INVALID = {
+    "above": (torch.tensor([[0.5, 1.0], [1.5, -3.0]]), r"target\[1, 0\] is 1.5, outside \[0, 1\]"),
+    "below": (torch.tensor([0, -1, 2]), r"target\[1\] is -1, outside"),
+    "nan": (torch.tensor([0.0, NAN], dtype=torch.float16), r"target\[1\] is nan, outside"),
+    "number": (torch.tensor(7, dtype=torch.uint8), r"target is 7, outside"),
+    "channels_last": (
+        torch.ones(2, 3, 2, 2)
+        .index_fill(1, torch.tensor(2), 4.0)
+        .to(memory_format=torch.channels_last),
+        r"target\[0, 2, 0, 0\] is 4.0, outside",
+    ),
+}
+
+
+@pytest.mark.parametrize(("target", "message"), INVALID.values(), ids=INVALID)
+def test_invalid_targets(target, message, device):
+    target = target.to(device)
+    logits = logits_of(target.shape, device)
+    with pytest.raises(ValueError, match=message):
+        fused(logits, target, validate_targets=True)
+    loss = BCEWithLogitsLoss(validate_targets=True)
+    with pytest.raises(ValueError, match=message):
+        loss(logits, target)
+    with pytest.raises(Exception, match=r"a target lies outside \[0, 1\]"):
+        torch.jit.script(loss)(logits, target)
+    # Only when asked for.
+    fused(logits, target)
+
+
+def test_invalid_targets_that_are_ignored(device):
+    target = torch.tensor([1, 255, 3], dtype=torch.uint8, device=device)
+    with pytest.raises(ValueError, match=r"target\[2\] is 3, outside"):
+        fused(logits_of(3, device), target, ignore_index=255, validate_targets=True)
+
+
+def test_invalid_targets_inside_torch_func(device):
+    logits, target = logits_of((2, 3), device), torch.full((2, 3), 2.0, device=device)
+    with pytest.raises(ValueError, match=r"target\[0, 0\] is 2.0, outside"):
+        torch.vmap(lambda x, t: fused(x, t, validate_targets=True))(logits, target)
+
+
+# Errors
+
+BAD_SMOOTHING = {"negative": -0.1, "one": 1.0, "above": 7, "nan": NAN}
+BAD_INDEX = {
+    "float": (TypeError, 1.0, torch.float32),
+    "bool": (TypeError, True, torch.float32),
+    "text": (TypeError, "1", torch.float32),
+    "too large": (ValueError, 2**24, torch.float32),
+    "too small": (ValueError, -(2**24), torch.int64),
+    "no bool": (ValueError, 255, torch.bool),
+    "no uint8": (ValueError, -1, torch.uint8),
+    "no int8": (ValueError, 255, torch.int8),
+    "no int16": (ValueError, 40_000, torch.int16),
+    "no float16": (ValueError, 2049, torch.float16),
+    "no bfloat16": (ValueError, 257, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("value", BAD_SMOOTHING.values(), ids=BAD_SMOOTHING)
+def test_bad_label_smoothing(value, device):
+    logits = logits_of(3, device)
+    for call in (fused, lambda x, t, **extras: BCEWithLogitsLoss(**extras)(x, t)):
+        with pytest.raises(ValueError, match=f"label_smoothing must .* {value}"):
+            call(logits, logits, label_smoothing=value)
+    with pytest.raises(ValueError, match="label_smoothing must"):
+        torch.ops.fused_bce.forward_with_grad(
+            logits, logits, None, None, 1, label_smoothing=float(value)
+        )
+
+
+@pytest.mark.parametrize(("error", "value", "dtype"), BAD_INDEX.values(), ids=BAD_INDEX)
+def test_bad_ignore_index(error, value, dtype, device):
+    logits, target = logits_of(3, device), hard(3, device, dtype)
+    for call in (fused, lambda x, t, **extras: BCEWithLogitsLoss(**extras)(x, t)):
+        with pytest.raises(error, match=f"ignore_index .*{value}"):
+            call(logits, target, ignore_index=value)
+
+
+def test_ignore_index_that_just_fits(device):
+    for dtype, value in itertools.chain(
+        ((torch.int64, s * (2**24 - 1)) for s in (1, -1)),
+        ((torch.float16, s * 2048) for s in (1, -1)),
+        ((torch.int8, -128), (torch.uint8, 255), (torch.int16, 32767)),
+    ):
+        target = torch.tensor([value, 1, 0], device=device).to(dtype)
+        losses = fused(logits_of(3, device), target, reduction="none", ignore_index=value)
+        assert (losses == 0).tolist() == [True, False, False]
+
+
+def test_neighbours_of_a_large_ignore_index(device):
+    # Integers that float32 does not tell apart lie beyond what ignore_index may be.
+    largest = 2**24 - 1
+    target = torch.tensor([largest, largest + 1, largest + 2, largest - 1], device=device)
+    losses = fused(logits_of(4, device), target, reduction="none", ignore_index=largest)
+    assert (losses == 0).tolist() == [True, False, False, False]
+    assert torch.ops.fused_bce.count_kept(target, largest).item() == 3
+
+
+# Module
+
+
+def test_module(device):
+    options = {"label_smoothing": 0.1, "ignore_index": 255}
+    loss = BCEWithLogitsLoss(pos_weight=torch.ones(4), validate_targets=True, **options).to(device)
+    assert repr(loss) == (
+        "BCEWithLogitsLoss(label_smoothing=0.1, ignore_index=255, validate_targets=True)"
+    )
+    assert set(loss.state_dict()) == {"pos_weight"}
+    logits, target = logits_of((3, 4), device), hard((3, 4), device, torch.uint8)
+    target[0] = 255
+    expected = fused(logits, target, pos_weight=loss.pos_weight, **options)
+    for twin in (loss, copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert torch.equal(twin(logits, target), expected)
+
+
+def test_arguments_are_keywords_only(device):
+    logits = logits_of(3, device)
+    with pytest.raises(TypeError):
+        fused(logits, logits, None, None, None, "mean", None, 0.1)
+    with pytest.raises(TypeError):
+        BCEWithLogitsLoss(None, None, None, "mean", None, 0.1)
+
+
+def test_patched_and_converted(device):
+    logits, target = logits_of((3, 4), device).requires_grad_(), hard((3, 4), device)
+    loss = torch.nn.BCEWithLogitsLoss()
+    expected = fused(logits, target)
+    with fused_bce.patch():
+        assert torch.equal(loss(logits, target), expected)
+        smoothed = F.binary_cross_entropy_with_logits(logits, target, label_smoothing=0.5)
+        assert torch.equal(smoothed, fused(logits, target, label_smoothing=0.5))
+    converted = fused_bce.convert(loss)
+    assert torch.equal(converted(logits, target), expected)
+    converted.ignore_index = 0
+    assert torch.equal(converted(logits, target), fused(logits, target, ignore_index=0))
+
+
+def test_apply(device):
+    logits, target = logits_of((3, 4), device).requires_grad_(), hard((3, 4), device, torch.int8)
+    loss = fused_bce.BCEWithLogitsFunction.apply(
+        logits, target, None, None, 1, None, label_smoothing=0.25, ignore_index=1
+    )
+    assert torch.equal(loss, fused(logits, target, label_smoothing=0.25, ignore_index=1))
