@@ -12,12 +12,18 @@ class BCEWithLogitsFunction(torch.autograd.Function):
     loss a third more time. For transforms (torch.func, forward AD) call
     :func:`fused_bce.functional.binary_cross_entropy_with_logits`, which leaves them to torch.
 
+    torch.compile does not look into ``apply`` of a class of this kind; it does into the function
+    above.
+
     Args:
         logits: any shape, strided, float16, bfloat16, float32 or float64.
-        target: the shape of the logits, any of these dtypes.
+        target: the shape of the logits, any of these dtypes, bool or integers.
         weight, pos_weight: None, or a tensor that broadcasts into that shape.
         reduction: 0 for none, 1 for mean, 2 for sum.
-        dtype: of the loss; None for that of the target.
+        dtype: of the loss; None for that of the target, or of the logits if that is of integers.
+        label_smoothing, ignore_index: as for the function above.
+        divisor: what mean divides by, a number in a tensor; None for the number of elements that
+            are not ignored.
 
     Logits and target can be differentiated, twice. Raises RuntimeError if weight or pos_weight
     requires a gradient or does not broadcast, ValueError if the sizes of logits and target differ,
