@@ -21,8 +21,9 @@ bench: $(built)  ## measure on the CPU ours beside eager, torch.compile and the 
 	$(python) benchmarks/run.py --device cpu --preset workloads
 	$(python) benchmarks/run.py --device cpu --preset training
 	$(python) benchmarks/run.py --device cpu --preset peers
+	$(python) benchmarks/run.py --device cpu --preset extras
 	$(python) benchmarks/accuracy.py --device cpu
-	$(python) benchmarks/plot.py $(foreach name,ladder workloads training accuracy,benchmarks/results/cpu-$(name).csv)
+	$(python) benchmarks/plot.py $(foreach name,ladder workloads training extras accuracy,benchmarks/results/cpu-$(name).csv)
 
 lint: $(built)
 	$(VENV)/bin/ruff format --check .

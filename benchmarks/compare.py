@@ -113,10 +113,10 @@ def changes_table(changes: list[Change], factor: float, relative_to: str | None)
 
 
 def case_text(row: Row) -> str:
-    parts = [row.workload or size_text(row.numel), row.mode, row.dtype, row.reduction]
-    if row.target_dtype != row.dtype:
-        parts.insert(3, f"{row.target_dtype} targets")
-    return ", ".join(parts + [row.weights] * (row.weights != "none"))
+    targets = "" if row.target_dtype == row.dtype else f"{row.target_dtype} targets"
+    weights = "" if row.weights == "none" else row.weights
+    parts = [row.workload, size_text(row.numel), row.mode, row.dtype, targets, row.reduction]
+    return ", ".join(part for part in (*parts, weights) if part)
 
 
 def verdict(change: Change, factor: float) -> str:

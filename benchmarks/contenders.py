@@ -69,9 +69,7 @@ def make_losses(case: Case, inputs: Inputs, with_compile: bool) -> dict[str, Los
         eager = CastsTarget(eager)
         if not takes_bool_targets(case.device):
             fused, target = CastsTarget(fused), target.to(logits.dtype)
-    reason = fused_bce.why_not_fused(logits, target, **weights)
-    if reason is not None:
-        sys.exit(f"There is nothing to measure, fused_bce would call torch's loss: {reason}")
+    exit_unless_fused(logits, target, **weights)
 
     losses = {"fused": fused, "eager": eager}
     if with_compile:
@@ -79,8 +77,14 @@ def make_losses(case: Case, inputs: Inputs, with_compile: bool) -> dict[str, Los
     return losses
 
 
+def exit_unless_fused(logits: Tensor, target: Tensor, **weights: Tensor) -> None:
+    reason = fused_bce.why_not_fused(logits, target, **weights)
+    if reason is not None:
+        sys.exit(f"There is nothing to measure, fused_bce would call torch's loss: {reason}")
+
+
 class CastsTarget(torch.nn.Module):
-    """What a user of torch's loss writes if the targets are bool."""
+    """What a user of torch's loss writes if the targets are bool or integers."""
 
     def __init__(self, loss: torch.nn.Module):
         super().__init__()
@@ -96,11 +100,11 @@ def takes_bool_targets(device: str) -> bool:
     return fused_bce.why_not_fused(logits, logits.bool()) is None
 
 
-def compiled(module: torch.nn.Module) -> Loss:
+def compiled(loss: Loss) -> Loss:
     # Without the reset the sizes of one run reach the limit of recompilations, after which
     # torch.compile quietly runs eager code.
     torch.compiler.reset()
-    return torch.compile(module, dynamic=False, fullgraph=True)
+    return torch.compile(loss, dynamic=False, fullgraph=True)
 
 
 def loss_contender(case: Case, loss: Loss, inputs: list[Inputs]) -> Contender:

@@ -2,8 +2,8 @@
 
 python benchmarks/plot.py benchmarks/results/cpu-ladder.csv
 
-A ladder of sizes becomes one figure for each kind of call, workloads and training steps become
-bars, a file of accuracy.py the errors over the logits.
+A ladder of sizes becomes one figure for each kind of call, workloads, training steps and extras
+become bars, a file of accuracy.py the errors over the logits.
 """
 
 import argparse

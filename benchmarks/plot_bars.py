@@ -21,7 +21,7 @@ def plot_bars(rows: list[Row]) -> Figure:
     speedups.axvline(1, color=STYLES["eager"]["color"])
     draw(peaks, cases, peak)
     peaks.set_title("peak memory in multiples of the logits: shorter is better")
-    speedups.set_yticks(range(len(cases)), [case_text(name, cases[name]) for name in cases])
+    speedups.set_yticks(range(len(cases)), [case_text(bars) for bars in cases.values()])
     speedups.invert_yaxis()
     for axes in (speedups, peaks):
         axes.grid(alpha=0.3, axis="x")
@@ -40,20 +40,20 @@ def legend(*panels: Axes) -> tuple[list, list]:
     return [handles[name] for name in names], names
 
 
-def make_cases(rows: list[Row]) -> dict[str, Bars]:
-    """By workload; of rows for the same contender the last one counts."""
-    cases: dict[str, Bars] = {}
+def make_cases(rows: list[Row]) -> dict[tuple[str, int], Bars]:
+    """By workload and size; of rows for the same contender the last one counts."""
+    cases: dict[tuple[str, int], Bars] = {}
     for row in rows:
-        cases.setdefault(row.workload, {})[row.contender] = row
+        cases.setdefault((row.workload, row.numel), {})[row.contender] = row
     return cases
 
 
-def case_text(workload: str, bars: Bars) -> str:
+def case_text(bars: Bars) -> str:
     row = bars["fused"]
     shape = " x ".join(f"{int(size):,}" for size in row.shape.split("x"))
     targets = "" if row.target_dtype == row.dtype else f", {row.target_dtype} targets"
     weights = "" if row.weights == "none" else f"\n{row.weights}"
-    return f"{workload}\n{shape}\n{row.dtype}{targets}{weights}"
+    return f"{row.workload}\n{shape}\n{row.dtype}{targets}{weights}"
 
 
 def speedup(name: str, bars: Bars) -> float | None:
@@ -66,7 +66,7 @@ def peak(name: str, bars: Bars) -> float | None:
     return peak_multiple(bars[name])
 
 
-def draw(axes: Axes, cases: dict[str, Bars], measure: Callable) -> None:
+def draw(axes: Axes, cases: dict[tuple[str, int], Bars], measure: Callable) -> None:
     """Bars for each case, side by side, one for each contender of which there is a measure."""
     values = {
         name: [measure(name, bars) if name in bars else None for bars in cases.values()]

@@ -10,6 +10,7 @@ STYLES = {
     "compile": {"color": "tab:green", "marker": "^"},
     "fused": {"color": "tab:blue", "marker": "o"},
     "fused compile": {"color": "tab:cyan", "marker": "v"},
+    "fused plain": {"color": "tab:cyan", "marker": "<"},
     "no loss": {"color": "darkgray", "marker": "."},
     "eager graph": {"color": "tab:orange", "marker": "s", "linestyle": ":"},
     "fused graph": {"color": "tab:blue", "marker": "o", "linestyle": ":"},

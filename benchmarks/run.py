@@ -5,6 +5,7 @@
     python benchmarks/run.py --preset workloads    losses as people train with them
     python benchmarks/run.py --preset training     whole training steps
     python benchmarks/run.py --preset peers        other ways to compute the same
+    python benchmarks/run.py --preset extras       what torch's loss does not take, against by hand
 
 See benchmarks/README.md.
 """
@@ -16,11 +17,13 @@ import shlex
 import sys
 from pathlib import Path
 
+import extras
 import machine
 import torch
 import training
 from cases import DTYPES, MODES, NON_LEAF, REDUCTIONS, WEIGHTS, Case
 from contenders import Contender, make_contenders, takes_bool_targets
+from extras import EXTRA_SIZES, EXTRAS, ExtraCase, extra_case
 from goals import Goal, goal_case
 from goals_cpu import cpu_goals
 from goals_cuda import cases_without_goals, cuda_goals
@@ -34,7 +37,7 @@ from training import NETWORKS, TrainingCase, training_case
 from workloads import WORKLOADS, WorkloadCase, describe, workload_case
 
 SIZES = [1, 16, 128, 640, 2**12, 2**14, 2**16, 2**18, 2**20, 2**22, 2**24]
-PRESETS = ("goals", "workloads", "training", "peers")
+PRESETS = ("goals", "workloads", "training", "peers", "extras")
 PEER_SIZES = {"cpu": (2**16, 2**20, 2**24), "cuda": (2**16, 2**24, 2**26)}
 RESULTS = Path(__file__).parent / "results"
 
@@ -52,11 +55,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     names = (
-        f"of the presets workloads ({', '.join(WORKLOADS)}) and training ({', '.join(NETWORKS)})"
+        f"of the presets workloads ({', '.join(WORKLOADS)}), training ({', '.join(NETWORKS)}) and "
+        f"extras ({'; '.join(EXTRAS)})"
     )
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     add("--preset", choices=PRESETS, help="the next seven options select from it")
-    add("--workloads", nargs="+", choices=(*WORKLOADS, *NETWORKS), metavar="NAME", help=names)
+    named = (*WORKLOADS, *NETWORKS, *EXTRAS)
+    add("--workloads", nargs="+", choices=named, metavar="NAME", help=names)
     add("--sizes", nargs="+", type=parse_size, metavar="N", help="elements, such as 640 or 2^20")
     add("--mode", nargs="+", choices=MODES, help="default: both")
     add("--dtype", nargs="+", choices=DTYPES, help="of the logits; default: float32")
@@ -75,8 +80,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("torch finds no CUDA device")
     if arguments.device is None:
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if arguments.workloads and arguments.preset not in ("workloads", "training"):
-        parser.error("--workloads needs --preset workloads or training")
+    if arguments.workloads and arguments.preset not in ("workloads", "training", "extras"):
+        parser.error("--workloads needs --preset workloads, training or extras")
     if arguments.graph and arguments.device == "cpu":
         parser.error("--graph needs --device cuda: CUDA graphs replay what runs on a GPU")
     return arguments
@@ -136,6 +141,10 @@ def preset_cases(goals: list[Goal], arguments: argparse.Namespace) -> list[Case]
         "workloads": [workload_case(name, device) for name in WORKLOADS],
         "training": [training_case(name, device) for name in NETWORKS],
         "peers": [goal_case(device, n, mode) for mode in MODES for n in PEER_SIZES[device]],
+        # They have no shapes of their own: any size will do.
+        "extras": [
+            extra_case(name, device, n) for n in arguments.sizes or EXTRA_SIZES for name in EXTRAS
+        ],
     }[arguments.preset]
     selected = [with_logits(case, arguments) for case in cases if is_selected(case, arguments)]
     # Several goals share a case.
@@ -152,6 +161,8 @@ def with_logits(case: Case, arguments: argparse.Namespace) -> Case:
 def contenders_of(case: Case, arguments: argparse.Namespace) -> dict[str, Contender]:
     if isinstance(case, TrainingCase):
         return training.make_contenders(case, with_compile=not arguments.no_compile)
+    if isinstance(case, ExtraCase):
+        return extras.make_contenders(case, with_compile=not arguments.no_compile)
     return make_contenders(
         case,
         with_compile=not arguments.no_compile,
@@ -170,6 +181,8 @@ def measure(case: Case, arguments: argparse.Namespace, facts: dict) -> dict[str,
         timings = time_alternating(steps, calls, case.device, arguments.repeats, arguments.seconds)
     bytes_per_element = dict.fromkeys(steps, case.bytes_per_element)
     bytes_per_element["copy"] = 2 * copied_per_element(case.numel)
+    if "fused plain" in steps:
+        bytes_per_element["fused plain"] = case.plain.bytes_per_element
     rows = {}
     for name, contender in contenders.items():
         rows[name] = Row(
@@ -213,10 +226,13 @@ def measure_all(cases: list[Case], arguments: argparse.Namespace, console: Conso
 
 def notes(cases: list[Case], arguments: argparse.Namespace) -> list[str]:
     """What a reader of the tables must know beside the numbers."""
-    lines = [describe(case) for case in cases if isinstance(case, WorkloadCase)]
-    if any(case.target_dtype == "bool" for case in cases):
+    workloads = [case for case in cases if isinstance(case, WorkloadCase)]
+    lines = [describe(case) for case in workloads]
+    if any(case.target_dtype == "bool" for case in workloads):
         fused = "takes them" if takes_bool_targets(arguments.device) else "gets the same"
         lines.append(f"Bool targets: cast to the dtype of the logits for torch, fused {fused}.")
+    if arguments.preset == "extras":
+        lines += [extras.describe(name) for name in dict.fromkeys(case.workload for case in cases)]
     if arguments.preset == "peers":
         missing = {
             f"{name}: {reason}" for case in cases for name, reason in missing_peers(case).items()

@@ -295,6 +295,7 @@ def test_workloads(tmp_path, device):
     # bfloat16 read, bool read, bfloat16 written
     assert fused["extreme labels"]["bytes_per_element"] == "5"
     assert ("1/8 of the batch" in output) == (device == "cpu")
+    assert "fused takes them" in output
 
     output = run_script("run.py", *quick, "--workloads", "contrastive", "--output", path)
     assert {row["workload"] for row in read(path)} == {"contrastive"}
@@ -357,12 +358,19 @@ def test_bool_targets(monkeypatch, accepted):
     assert isinstance(losses["fused"], contenders.CastsTarget) == (not accepted)
 
 
+def test_bool_targets_are_taken(device):
+    import contenders
+
+    assert contenders.takes_bool_targets(device)
+
+
 def test_readme_names_every_workload():
+    from extras import EXTRAS
     from training import NETWORKS
     from workloads import WORKLOADS
 
     text = (ROOT / "benchmarks" / "README.md").read_text()
-    for name in (*WORKLOADS, *NETWORKS):
+    for name in (*WORKLOADS, *NETWORKS, *EXTRAS):
         assert f"| {name} |" in text
 
 
@@ -422,11 +430,109 @@ def test_training_steps_agree(small_networks, device):
             torch.testing.assert_close(trained(loss, parts), expected)
 
 
+@pytest.fixture
+def small_extras(monkeypatch):
+    import extras
+
+    monkeypatch.setattr(extras, "EXTRA_SIZES", (2**10, 2**12))
+    return extras
+
+
+@pytest.mark.usefixtures("small_extras")
+def test_extras(tmp_path, device):
+    quick = [*QUICK, "--device", device, "--preset", "extras"]
+    path = tmp_path / "results.csv"
+    output = run_script("run.py", *quick, "--output", path)
+    contenders: dict[tuple[str, int], dict[str, dict[str, str]]] = {}
+    for row in read(path):
+        case = contenders.setdefault((row["workload"], int(row["numel"])), {})
+        case[row["contender"]] = row
+    # bytes an element of fused and of fused plain: logits, targets, gradient; ignore_index reads
+    # the targets twice
+    expected = {
+        "bool targets": (9, 12),
+        "bool targets, bfloat16": (5, 6),
+        "int64 targets": (16, 12),
+        "ignore_index": (10, None),
+        "label_smoothing": (12, None),
+    }
+    assert list(contenders) == [(name, numel) for numel in (2**10, 2**12) for name in expected]
+    for (name, numel), rows in contenders.items():
+        fused_bytes, plain_bytes = expected[name]
+        plain = ["fused plain"] * (plain_bytes is not None)
+        assert list(rows) == ["fused", "eager", *plain, "stream"] + ["copy"] * (device == "cuda")
+        assert int(rows["fused"]["bytes_per_element"]) == fused_bytes
+        if plain_bytes is not None:
+            assert int(rows["fused plain"]["bytes_per_element"]) == plain_bytes
+        # The gradient, where eager holds a cast or a smoothed target too
+        gradient = numel * getattr(torch, rows["fused"]["dtype"]).itemsize
+        assert gradient <= int(rows["fused"]["peak_bytes"]) <= gradient + 4096
+        assert int(rows["eager"]["peak_bytes"]) >= 2 * gradient
+        assert f"{name}: eager and compile have" in output
+
+    run_script("plot.py", path)
+    assert (tmp_path / "results-fwd-bwd.png").read_bytes().startswith(b"\x89PNG")
+    arguments = ["--sizes", 640, "--workloads", "ignore_index", "--output", path]
+    run_script("run.py", *quick, *arguments)
+    assert {(row["workload"], row["numel"]) for row in read(path)} == {("ignore_index", "640")}
+
+
+@pytest.mark.parametrize(
+    "with_compile",
+    [
+        False,
+        # The compiler's own warning, on its way through torch
+        pytest.param(
+            True,
+            marks=[pytest.mark.large, pytest.mark.filterwarnings("default::DeprecationWarning")],
+        ),
+    ],
+)
+def test_extras_compute_the_same(device, with_compile):
+    import extras
+
+    import fused_bce
+
+    for name in extras.EXTRAS:
+        case = extras.extra_case(name, device, 2**12)
+        inputs = extras.make_extra_inputs(case)
+        logits, target, _ = inputs
+        assert str(target.dtype) == f"torch.{case.target_dtype}"
+        assert (case.plain is not None) == ("targets" in name)
+        share = (target == extras.IGNORED).float().mean().item()
+        assert share == pytest.approx(0.2 if name == "ignore_index" else 0, abs=0.05)
+        calls = {
+            contender: (loss, target)
+            for contender, loss in extras.make_losses(case, inputs, with_compile).items()
+        }
+        assert len(calls) == 2 + with_compile
+        if case.plain is not None:
+            plain = extras.plain_inputs(case, inputs)[1]
+            assert plain.dtype is logits.dtype
+            calls["fused plain"] = fused_bce.BCEWithLogitsLoss(), plain
+        # From the definition
+        wide = logits.double().requires_grad_()
+        kept = target != extras.IGNORED
+        t = target.double() * 0.9 + 0.05 if name == "label_smoothing" else target.double()
+        expected = torch_bce(wide[kept], t[kept])
+        (expected_grad,) = torch.autograd.grad(expected, wide)
+        rounding = 4 * torch.finfo(logits.dtype).eps
+        for loss, given in calls.values():
+            leaf = logits.clone().requires_grad_()
+            value = loss(leaf, given)
+            value.backward()
+            assert value.dtype is logits.dtype
+            assert value.item() == pytest.approx(expected.item(), rel=rounding)
+            torch.testing.assert_close(
+                leaf.grad.double(), expected_grad, rtol=rounding, atol=rounding / case.numel
+            )
+
+
 @pytest.mark.large
 # The compiler's own, on its way through torch
 @pytest.mark.filterwarnings("default::DeprecationWarning")
-@pytest.mark.usefixtures("small_networks", "small_workloads")
-@pytest.mark.parametrize("preset", ["workloads", "training"])
+@pytest.mark.usefixtures("small_networks", "small_workloads", "small_extras")
+@pytest.mark.parametrize("preset", ["workloads", "training", "extras"])
 def test_compiled(tmp_path, device, preset):
     quick = [option for option in QUICK if option != "--no-compile"]
     path = tmp_path / "results.csv"

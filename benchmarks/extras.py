@@ -1,0 +1,161 @@
+"""What torch's loss does not take, against what its users write by hand."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch
+from cases import Case, size_text
+from contenders import (
+    CastsTarget,
+    Contender,
+    Inputs,
+    Loss,
+    compiled,
+    copies_of_inputs,
+    exit_unless_fused,
+    loss_contender,
+    make_inputs,
+)
+from limits import copy_step, stream_step
+from torch import Tensor
+from torch.nn import functional
+
+import fused_bce
+
+EXTRA_SIZES = (2**20, 2**24)
+IGNORED = 255
+IGNORED_SHARE = 0.2
+SMOOTHING = 0.1
+
+
+def masked_by_hand(logits: Tensor, target: Tensor) -> Tensor:
+    kept = target != IGNORED
+    # Legal where it is ignored too: 0 times a loss that is not finite would be nan.
+    legal = target.where(kept, 0).to(logits.dtype)
+    losses = functional.binary_cross_entropy_with_logits(logits, legal, reduction="none")
+    return (losses * kept).sum() / kept.sum()
+
+
+def smoothed_by_hand(logits: Tensor, target: Tensor) -> Tensor:
+    smoothed = target * (1 - SMOOTHING) + SMOOTHING / 2
+    return functional.binary_cross_entropy_with_logits(logits, smoothed)
+
+
+@dataclass(frozen=True)
+class Extra:
+    """One of them: what is particular to it, and what stands in its place."""
+
+    by_hand: Loss
+    written: str  # what that is, in a few words
+    dtype: str = "float32"
+    target_dtype: str = "float32"
+    options: dict[str, float] = field(default_factory=dict)  # of the fused loss
+
+
+CAST = {
+    "by_hand": CastsTarget(torch.nn.BCEWithLogitsLoss()),
+    "written": "targets cast to the dtype of the logits",
+}
+
+EXTRAS = {
+    "bool targets": Extra(**CAST, target_dtype="bool"),
+    "bool targets, bfloat16": Extra(**CAST, dtype="bfloat16", target_dtype="bool"),
+    "int64 targets": Extra(**CAST, target_dtype="int64"),
+    "ignore_index": Extra(
+        masked_by_hand,
+        "ignored targets made 0, losses multiplied by a mask, their sum divided by its count",
+        target_dtype="uint8",
+        options={"ignore_index": IGNORED},
+    ),
+    "label_smoothing": Extra(
+        smoothed_by_hand,
+        f"targets times {1 - SMOOTHING:g} plus {SMOOTHING / 2:g}",
+        options={"label_smoothing": SMOOTHING},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ExtraCase(Case):
+    """The workload is a key of EXTRAS."""
+
+    @property
+    def spec(self) -> Extra:
+        return EXTRAS[self.workload]
+
+    @property
+    def title(self) -> str:
+        return f"extras, {self.mode}, {self.reduction}, N = {size_text(self.numel)}"
+
+    @property
+    def passes(self) -> list[tuple[int, int]]:
+        # What is not ignored is counted first: a gradient is divided by the count.
+        target = getattr(torch, self.target_dtype).itemsize
+        return [(target, 0)] * ("ignore_index" in self.spec.options) + super().passes
+
+    @property
+    def plain(self) -> Case | None:
+        """The same with targets that are in the dtype of the logits already; None if they are, or
+        if that is another loss."""
+        if self.spec.options:
+            return None
+        return dataclasses.replace(self, target_dtype=self.dtype)
+
+
+def extra_case(name: str, device: str, numel: int) -> ExtraCase:
+    spec = EXTRAS[name]
+    return ExtraCase(
+        numel=numel,
+        device=device,
+        mode="fwd+bwd",
+        dtype=spec.dtype,
+        target_dtype=spec.target_dtype,
+        reduction="mean",
+        weights="none",
+        workload=name,
+    )
+
+
+def make_contenders(case: ExtraCase, with_compile: bool = True) -> dict[str, Contender]:
+    """All of them with the same logits and targets; those of "fused plain" were cast before."""
+    inputs = [make_extra_inputs(case) for _ in range(copies_of_inputs(case))]
+    losses = make_losses(case, inputs[0], with_compile)
+    contenders = {name: loss_contender(case, loss, inputs) for name, loss in losses.items()}
+    if case.plain is not None:
+        contenders["fused plain"] = loss_contender(
+            case, fused_bce.BCEWithLogitsLoss(), [plain_inputs(case, i) for i in inputs]
+        )
+    contenders["stream"] = Contender(stream_step(case, len(inputs)))
+    if case.device == "cuda":
+        contenders["copy"] = Contender(copy_step(case.numel, case.device))
+    return contenders
+
+
+def make_losses(case: ExtraCase, inputs: Inputs, with_compile: bool) -> dict[str, Loss]:
+    """The losses of the case, by the name of their contender."""
+    exit_unless_fused(*inputs[:2])
+    losses = {
+        "fused": fused_bce.BCEWithLogitsLoss(**case.spec.options),
+        "eager": case.spec.by_hand,
+    }
+    if with_compile:
+        losses["compile"] = compiled(case.spec.by_hand)
+    return losses
+
+
+def make_extra_inputs(case: ExtraCase) -> Inputs:
+    logits, target, grad_loss = make_inputs(case)
+    if "ignore_index" in case.spec.options:
+        ignored = torch.empty_like(target, dtype=torch.bool).bernoulli_(IGNORED_SHARE)
+        target.masked_fill_(ignored, IGNORED)
+    return logits, target, grad_loss
+
+
+def plain_inputs(case: ExtraCase, inputs: Inputs) -> Inputs:
+    logits, target, grad_loss = inputs
+    return logits, target.to(logits.dtype), grad_loss
+
+
+def describe(name: str) -> str:
+    """A line for the reader of a table."""
+    return f"{name}: eager and compile have {EXTRAS[name].written}."
