@@ -508,4 +508,105 @@ def test_launches(numel):
     check_result(Result(losses[1], grads[0], None), logits, target)
 
 
-# Training in float16
+# Targets of integers, ignore_index, label_smoothing
+
+
+INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+EXTRAS = {
+    "plain": {},
+    "label_smoothing": {"label_smoothing": 0.1},
+    "ignore_index": {"ignore_index": 1},
+}
+by_extras = pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
+by_target_dtype = pytest.mark.parametrize("target_dtype", INTEGERS, ids=dtype_name)
+
+
+def on_the_cpu(logits, target, **options):
+    """The same kernels' formula, compiled for the CPU and tested there, in float64."""
+    got = evaluate(fused, logits.cpu().double(), target.cpu(), **options)
+    return Result(got.loss.to(logits.dtype), got.grad_logits.to(logits.dtype), None)
+
+
+def assert_as_on_the_cpu(got, logits, target, **options):
+    expected = on_the_cpu(logits, target, **options)
+    eps = torch.finfo(logits.dtype).eps
+    for g, e in zip(got[:2], expected[:2], strict=True):
+        # Smoothed targets round in float32, and near 0 their gradients cancel.
+        atol = 8 * eps * e.abs().max().item()
+        torch.testing.assert_close(g.cpu(), e, rtol=8 * eps, atol=atol)
+
+
+@by_dtype
+@by_reduction
+@by_extras
+@by_target_dtype
+def test_integers_of_any_size_and_alignment(target_dtype, extras, reduction, dtype):
+    # Around a vector, a chunk, several chunks; and from an address that no vector may have.
+    for numel in (1, 15, 16, 17, CHUNK - 1, CHUNK, CHUNK + 1, 5 * CHUNK + 3):
+        logits = torch.randn(numel + 1, device=DEVICE).to(dtype)
+        target = torch.randint(2, (numel + 1,), device=DEVICE).to(target_dtype)
+        options = {"reduction": reduction, **extras}
+        for x, t in (
+            (logits[:-1], target[:-1]),
+            (logits[1:], target[1:]),
+            (logits[:-1], target[1:]),
+        ):
+            assert_as_on_the_cpu(evaluate(fused, x, t, **options), x, t, **options)
+
+
+@by_extras
+@by_reduction
+def test_extras_with_any_number_of_blocks(limit_blocks, reduction, extras):
+    logits = torch.randn(20 * CHUNK + 5, device=DEVICE)
+    target = torch.randint(2, logits.shape, device=DEVICE, dtype=torch.uint8)
+    expected = evaluate(fused, logits, target, reduction=reduction, **extras)
+    for most in (1, 3, 7):
+        limit_blocks(most)
+        got = evaluate(fused, logits, target, reduction=reduction, **extras)
+        assert torch.equal(got.loss, expected.loss)
+        assert torch.equal(got.grad_logits, expected.grad_logits)
+
+
+@sync_debug_mode
+@by_reduction
+@by_extras
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=dtype_name)
+def test_no_synchronisation_with_extras(dtype, extras, reduction):
+    logits = torch.randn(5, 3000, device=DEVICE).to(dtype)
+    target = torch.randint(2, (5, 3000), device=DEVICE)
+    with no_synchronisation():
+        got = evaluate(fused, logits, target, reduction=reduction, **extras)
+    assert_as_on_the_cpu(got, logits, target, reduction=reduction, **extras)
+
+
+@by_graph
+@by_reduction
+@by_extras
+def test_graph_with_extras(extras, reduction, numel):
+    # The number of ignored targets is another in every replay.
+    logits = torch.randn(numel, device=DEVICE)
+    target = torch.randint(2, (numel,), device=DEVICE, dtype=torch.uint8)
+
+    def compute():
+        return evaluate(fused, logits, target, reduction=reduction, **extras)[:2]
+
+    graph, static = capture(compute)
+    for share in (0.1, 0.9, 1.0):
+        logits.normal_()
+        target.copy_(torch.rand(numel, device=DEVICE) < share)
+        graph.replay()
+        for got, eager in zip(static, compute(), strict=True):
+            assert torch.equal(got, eager)
+        assert_as_on_the_cpu(Result(*static, None), logits, target, reduction=reduction, **extras)
+
+
+@pytest.mark.usefixtures("_records_kernels")
+def test_launches_with_extras():
+    """bool targets take no kernel more; ignore_index one, which counts."""
+    logits = torch.randn(100_003, device=DEVICE, requires_grad=True)
+    target = torch.randint(2, (100_003,), device=DEVICE).bool()
+    names = kernels_of(lambda: fused(logits, target))
+    assert len(names) == 1, names
+    names = kernels_of(lambda: fused(logits, target, ignore_index=1))
+    assert len(names) == 2, names
+    assert sum("count_kept_kernel" in name for name in names) == 1
