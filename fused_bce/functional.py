@@ -16,6 +16,7 @@ from fused_bce.checks import (
 from fused_bce.dispatch import are_shards, has_integers, log_once, why_not_fused
 from fused_bce.registrations import add_up
 
+_MEAN = _reduction.get_enum("mean")
 _UNSHARDED = (Tensor, torch.nn.Parameter)
 _ops = torch.ops.fused_bce
 _loss = _ops.binary_cross_entropy_with_logits.default
@@ -144,16 +145,17 @@ def _fused_or_torch(
     if reason is None and not (legacy and torch.compiler.is_compiling()):
         if legacy:
             reduction = _reduction.legacy_get_string(size_average, reduce)
+        reduction_enum = _reduction.get_enum(reduction)
         return _loss(
             input,
             target,
             weight,
             pos_weight,
-            _reduction.get_enum(reduction),
+            reduction_enum,
             None,
             label_smoothing,
             ignore_index,
-            _divisor(input, target, reduction, ignore_index),
+            _divisor(input, target, reduction_enum, ignore_index),
         )
     if not torch.compiler.is_compiling():
         log_once(reason)
@@ -166,9 +168,9 @@ def _fused_or_torch(
     )
 
 
-def _divisor(input, target, reduction, ignore_index):
+def _divisor(input, target, reduction_enum, ignore_index):
     """What mean divides by where that is not the number of elements at hand, as for a shard."""
-    if type(input) in _UNSHARDED or reduction != "mean" or not are_shards(input):
+    if type(input) in _UNSHARDED or reduction_enum != _MEAN or not are_shards(input):
         return None
     if input.numel() == 0:
         return None

@@ -180,6 +180,13 @@ def check_empty():
     assert math.isnan(fused(empty, empty).full_tensor().item())
 
 
+def check_deprecated_name_of_mean():
+    (mesh, *_) = meshes()
+    whole, (logits, target, _) = draw_distributed(mesh, (Shard(0),), (13, 9))
+    loss = fused(logits, target, reduction="elementwise_mean")
+    torch.testing.assert_close(loss.full_tensor(), torch_bce(*whole[:2]))
+
+
 def check_mixed():
     # As torch's own function does with a tensor that nobody distributed.
     (mesh, *_) = meshes()
@@ -250,6 +257,7 @@ def check_dtensor():
     check_backward_again()
     check_empty()
     check_mixed()
+    check_deprecated_name_of_mean()
     if dist.get_world_size() == 2:
         check_compiled()
 
