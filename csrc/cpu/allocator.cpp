@@ -55,9 +55,12 @@ class LargeBlockAllocator final : public c10::Allocator {
  private:
   static void free_block(void* context);
 
+  // Nobody waits for the lock: a fork may have copied it locked, by a thread that it did not copy.
+
   // A kept block of about this size, or none.
   Block take(size_t bytes) {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock) return {};
     for (Block& kept : kept_)
       if (kept.bytes >= bytes && kept.bytes <= bytes + bytes / 4) return std::exchange(kept, {});
     return {};
@@ -65,7 +68,8 @@ class LargeBlockAllocator final : public c10::Allocator {
 
   // Keeps the block and returns the one kept longest.
   Block keep(Block block) {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock) return block;
     for (Block& kept : kept_)
       if (!kept.data) return std::exchange(kept, block);
     return std::exchange(kept_[oldest_++ % kept_.size()], block);

@@ -1,0 +1,92 @@
+"""More elements than 32 bits can count."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import evaluate, fused, reference, torch_bce
+
+ROWS, COLUMNS = 429_496_733, 5
+CHUNK = 2**21  # rows that are taken to float64 at a time
+# Logits, target and gradient are 4 GiB each, the numbers of a chunk in float64 less than one.
+NEEDED = 14 * 2**30
+
+pytestmark = pytest.mark.large
+
+
+def available_memory() -> int:
+    facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(facts["MemAvailable"].split()[0]) * 1024
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """Logits and targets of 2^31 + 17 elements."""
+    assert ROWS * COLUMNS == 2**31 + 17
+    if available_memory() < NEEDED:
+        pytest.skip(f"needs {NEEDED / 2**30:.0f} GiB of memory")
+    torch.manual_seed(0)
+    logits = torch.empty(ROWS, COLUMNS, dtype=torch.bfloat16)
+    target = torch.empty_like(logits)
+    for rows in chunks():
+        logits[rows] = torch.randn(logits[rows].shape) * 4
+        target[rows] = torch.rand(target[rows].shape).round()
+    return logits, target
+
+
+def chunks():
+    return [slice(start, min(start + CHUNK, ROWS)) for start in range(0, ROWS, CHUNK)]
+
+
+# The ends, a quarter, the middle, where a 32-bit count of bytes or of elements would begin anew
+SPOTS = [slice(max(row - 100, 0), row + 100) for row in (0, ROWS // 4, ROWS // 2, ROWS)]
+
+
+def in_rows(rows, weights):
+    """Of each weight what belongs to these rows; one for each column belongs to all."""
+    return {name: w[rows] if w.dim() == 2 else w for name, w in weights.items()}
+
+
+def mean_in_float64(logits, target, weights):
+    total = 0.0
+    for rows in chunks():
+        options = {name: w.double() for name, w in in_rows(rows, weights).items()}
+        operands = logits[rows].double(), target[rows].double()
+        total += torch_bce(*operands, reduction="sum", **options).item()
+    return total / logits.numel()
+
+
+@pytest.mark.parametrize("case", ["unweighted", "pos_weight of a column", "weight of an element"])
+def test_mean(problem, case):
+    logits, target = problem
+    weights = {
+        "unweighted": {},
+        "pos_weight of a column": {"pos_weight": torch.rand(COLUMNS) + 0.5},
+        "weight of an element": {"weight": target},  # any numbers, and no more memory
+    }[case]
+    # For a loss in float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = evaluate(fused, logits, target, grad_loss=torch.tensor(2.0), **weights)
+    assert got.loss.dtype == torch.float32
+    exact = mean_in_float64(logits, target, weights)
+    assert got.loss.item() == pytest.approx(exact, rel=torch.finfo(torch.float32).eps)
+    for rows in SPOTS:
+        part = reference(
+            logits[rows], target[rows], reduction="sum", **in_rows(rows, weights)
+        ).grad_logits
+        assert_rounded_once(got.grad_logits[rows].double() * logits.numel() / 2, part)
+
+
+def test_none(problem):
+    logits, target = problem
+    losses = fused(logits, target, reduction="none")
+    assert losses.shape == logits.shape
+    for rows in SPOTS:
+        exact = reference(logits[rows], target[rows], reduction="none").loss
+        assert_rounded_once(losses[rows], exact)
+
+
+def assert_rounded_once(got, exact):
+    """To bfloat16, after a few operations in float32."""
+    eps = torch.finfo(torch.bfloat16).eps / 2 + 4 * torch.finfo(torch.float32).eps
+    assert ((got.double() - exact).abs() <= eps * exact.abs()).all()
