@@ -130,9 +130,13 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", ["transposed", "sliced"])
 @by_reduction
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    # float16 computes its gradient in backward, the others in forward.
+    [(torch.float16, "sliced"), (torch.float32, "transposed")],
+    ids=["float16_sliced", "float32_transposed"],
+)
 def test_opcheck(dtype, reduction, layout, device):
     # Schema, autograd registration, fake kernel, and tracing with dynamic shapes.
     number = REDUCTION_NUMBERS[reduction]

@@ -40,6 +40,9 @@ INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch
 TARGETS = INTEGERS + FLOATS
 
 by_integer = pytest.mark.parametrize("target_dtype", INTEGERS, ids=dtype_name)
+weighted_or_not = pytest.mark.parametrize(
+    "weights", [(), ("weight", "pos_weight")], ids=["unweighted", "both_weights"]
+)
 by_target = pytest.mark.parametrize("target_dtype", TARGETS, ids=dtype_name)
 
 
@@ -203,7 +206,7 @@ def check_by_hand(by_hand, extras, logits, target, target_grad=False, grad_loss=
     return got
 
 
-@by_weights
+@weighted_or_not
 @by_reduction
 @by_target
 @by_dtype
@@ -261,7 +264,7 @@ def an_ignored_value(dtype) -> int:
     return {torch.bool: 1, torch.uint8: 255}.get(dtype, -100)
 
 
-@by_weights
+@weighted_or_not
 @by_reduction
 @by_target
 @by_dtype

@@ -41,7 +41,7 @@ COMMON = {
     "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 }
 PROFILES = {
-    "quick": settings(max_examples=150, derandomize=True, **COMMON),
+    "quick": settings(max_examples=100, derandomize=True, **COMMON),
     "thorough": settings(max_examples=2000, print_blob=True, **COMMON),
 }
 random_examples = PROFILES[os.environ.get("HYPOTHESIS_PROFILE", "quick")]
