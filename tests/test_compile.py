@@ -34,8 +34,9 @@ LOSS = OPS.binary_cross_entropy_with_logits.default
 REDUCTION_NUMBERS = {"none": 0, "mean": 1, "sum": 2}
 
 pytestmark = [
-    # torch's own, in its compiler and in loading an exported program.
+    # torch's own, in its compiler, in opcheck, and in loading an exported program.
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore:The given buffer is not writable"),
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated"),
