@@ -142,7 +142,9 @@ def test_in_another_folder(tmp_path):
     command = [sys.executable, "-W", "error", "-m", "fused_bce", "--json"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
+    # torch's timer says so where there is a CUDA toolkit and no GPU.
+    said = [line for line in result.stderr.splitlines() if "No CUDA runtime is found" not in line]
+    assert said == []
     report = json.loads(result.stdout)
     assert report["passed"] is True
     assert report["build"]["running_torch"] == torch.__version__
