@@ -213,7 +213,9 @@ Tensor autocast(const Tensor& logits, const Tensor& target, const OptionalTensor
                 double label_smoothing, OptionalIndex ignore_index, const OptionalTensor& divisor) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  const auto dtype = target.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const Tensor& decides =
+      at::isIntegralType(target.scalar_type(), /*includeBool=*/true) ? logits : target;
+  const auto dtype = decides.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   return call_loss(logits, target, weight, pos_weight, reduction, dtype, label_smoothing,
                    ignore_index, divisor);
 }

@@ -58,7 +58,7 @@ def binary_cross_entropy_with_logits(
 
     Returns:
         One number, or the shape of the logits for ``"none"``; in the dtype of the target, or of the
-        logits if the target is of integers; under autocast float32 (float64 for a float64 target).
+        logits if the target is of integers; under autocast float32, unless that is float64.
 
     Raises:
         What torch's function raises: ValueError for an unknown reduction and for different sizes,

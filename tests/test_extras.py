@@ -153,7 +153,9 @@ def test_integer_target_under_autocast(target_dtype, device):
     logits = logits_of((5, 6), device, torch.bfloat16).requires_grad_()
     with torch.autocast(device, dtype=torch.bfloat16):
         loss = fused(logits, hard((5, 6), device, target_dtype))
+        of_double = fused(logits.double(), hard((5, 6), device, target_dtype))
     assert loss.dtype is torch.float32
+    assert of_double.dtype is DOUBLE
     loss.backward()
     assert logits.grad.dtype is torch.bfloat16
 
