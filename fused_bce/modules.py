@@ -35,8 +35,8 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
         - target: the same shape, any of these dtypes, bool or integers, usually in [0, 1] (not
           checked).
         - output: one number, or the shape of the logits for ``"none"``; the dtype of the target, or
-          of the logits if the target is of integers; float32 under autocast (float64 for a float64
-          target).
+          of the logits if the target is of integers; float32 under autocast, unless that is
+          float64.
 
     Example:
         >>> loss = BCEWithLogitsLoss(pos_weight=torch.ones(64))

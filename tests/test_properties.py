@@ -325,6 +325,7 @@ def test_any_call(device, call, wanted):
 )
 def test_any_integer_target(device, call, dtype, extras):
     """The same as for the same numbers in the dtype of the arithmetic."""
+    assume(not call.has_negative_bit)  # torch's function rounds to that of the logits
     logits, target, grad_loss, options = call.make(device)
     call = replace(call, target=replace(call.target, dtype=dtype, negated=False))
     target = call.target.make(like_targets, device)
@@ -334,7 +335,8 @@ def test_any_integer_target(device, call, dtype, extras):
             evaluate(fused, logits, t, grad_loss=grad_loss, **options, **extras)
             for t in (target, wide)
         )
-    assert got.loss.dtype == (torch.float32 if call.autocast else logits.dtype)
+    in_float32 = call.autocast and logits.dtype is not torch.float64
+    assert got.loss.dtype == (torch.float32 if in_float32 else logits.dtype)
     torch.testing.assert_close(
         got.loss,
         expected.loss.to(got.loss.dtype),
