@@ -11,9 +11,7 @@ class BCEWithLogitsFunction(torch.autograd.Function):
     Forward and backward are C++ (csrc/autograd.cpp): called from Python they would cost a small
     loss a third more time. For transforms (torch.func, forward AD) call
     :func:`fused_bce.functional.binary_cross_entropy_with_logits`, which leaves them to torch.
-
-    torch.compile does not look into ``apply`` of a class of this kind; it does into the function
-    above.
+    Call it under torch.compile, too, which cannot trace this ``apply``.
 
     Args:
         logits: any shape, strided, float16, bfloat16, float32 or float64.

@@ -106,39 +106,26 @@ def _register_sharding() -> None:
                 divisor and whole,
             )
 
-    @register_sharding(ops.binary_cross_entropy_with_logits.default)
-    def _(
-        logits,
-        target,
-        weight=None,
-        pos_weight=None,
-        reduction=1,
-        dtype=None,
-        label_smoothing=0.0,
-        ignore_index=None,
-        divisor=None,
-    ):
-        return [
-            ([loss], [x, x, w, p, None, None, None, None, d])
-            for loss, x, w, p, d in shardings(logits, weight, pos_weight, divisor, reduction)
-        ]
+    def register_forward(op, outputs):
+        @register_sharding(op)
+        def _(
+            logits,
+            target,
+            weight=None,
+            pos_weight=None,
+            reduction=1,
+            dtype=None,
+            label_smoothing=0.0,
+            ignore_index=None,
+            divisor=None,
+        ):
+            return [
+                ([loss, x][:outputs], [x, x, w, p, None, None, None, None, d])
+                for loss, x, w, p, d in shardings(logits, weight, pos_weight, divisor, reduction)
+            ]
 
-    @register_sharding(ops.forward_with_grad.default)
-    def _(
-        logits,
-        target,
-        weight,
-        pos_weight,
-        reduction,
-        dtype=None,
-        label_smoothing=0.0,
-        ignore_index=None,
-        divisor=None,
-    ):
-        return [
-            ([loss, x], [x, x, w, p, None, None, None, None, d])
-            for loss, x, w, p, d in shardings(logits, weight, pos_weight, divisor, reduction)
-        ]
+    register_forward(ops.binary_cross_entropy_with_logits.default, outputs=1)
+    register_forward(ops.forward_with_grad.default, outputs=2)
 
     @register_sharding(ops.backward.default)
     def _(

@@ -26,7 +26,6 @@ from torch.library import opcheck
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
-import fused_bce
 from fused_bce import BCEWithLogitsLoss, why_not_fused
 
 OPS = torch.ops.fused_bce
@@ -494,7 +493,3 @@ def test_fake_tensors(device):
         loss = fused(logits.requires_grad_(), target, reduction="none")
         loss.sum().backward()
     assert (loss.shape, logits.grad.shape) == ((4, 3), (4, 3))
-
-
-def test_fused_names_are_public():
-    assert {"convert", "patch", "unpatch"} <= set(fused_bce.__all__)
