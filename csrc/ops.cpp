@@ -84,30 +84,42 @@ void check_operands(const Tensor& logits, const Tensor& target, const OptionalTe
 }
 
 // Strides matter only along dimensions of more than one element.
-bool same_layout(const Tensor& a, const Tensor& b) {
-  if (a.is_contiguous() && b.is_contiguous()) return true;
-  for (int64_t d = 0; d < a.dim(); ++d)
-    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
+bool has_strides(const Tensor& t, at::IntArrayRef strides) {
+  for (int64_t d = 0; d < t.dim(); ++d)
+    if (t.size(d) != 1 && t.stride(d) != strides[d]) return false;
   return true;
 }
 
+// Those of what torch computes from `t`: without its gaps, the dimensions in their order.
+at::DimVector dense_strides(const Tensor& t) {
+  if (t.is_non_overlapping_and_dense()) return at::DimVector(t.strides());
+  return at::DimVector(at::infer_dense_strides(t.sizes(), t.strides()));
+}
+
+Tensor allocate(at::IntArrayRef sizes, at::IntArrayRef strides, const at::TensorOptions& options) {
+  const auto dtype = c10::typeMetaToScalarType(options.dtype());
+  const auto bytes = c10::multiply_integers(sizes) * c10::elementSize(dtype);
+  if (options.device().is_cpu() && bytes >= kLargeBlock)
+    return at::detail::empty_strided_generic(sizes, strides, large_block_allocator(),
+                                             c10::DispatchKeySet(c10::DispatchKey::CPU), dtype);
+  return at::empty_strided(sizes, strides, options);
+}
+
+// Itself if it is there already.
+Tensor in_layout(const Tensor& t, at::IntArrayRef strides) {
+  if (t.is_non_overlapping_and_dense() && has_strides(t, strides)) return t;
+  return allocate(t.sizes(), strides, t.options()).copy_(t);
+}
+
 // The walk goes through memory in the order of this tensor.
-Tensor anchor_of(const Tensor& t) { return t.is_non_overlapping_and_dense() ? t : t.contiguous(); }
+Tensor anchor_of(const Tensor& t) { return in_layout(t, dense_strides(t)); }
 
 // A new tensor along the walk.
 Tensor allocate_like(const Tensor& anchor, at::ScalarType dtype) {
-  const auto bytes = anchor.numel() * c10::elementSize(dtype);
-  if (anchor.is_cpu() && bytes >= kLargeBlock)
-    return at::detail::empty_strided_generic(anchor.sizes(), anchor.strides(),
-                                             large_block_allocator(),
-                                             c10::DispatchKeySet(c10::DispatchKey::CPU), dtype);
-  return at::empty_strided(anchor.sizes(), anchor.strides(), anchor.options().dtype(dtype));
+  return allocate(anchor.sizes(), anchor.strides(), anchor.options().dtype(dtype));
 }
 
-Tensor along_walk(const Tensor& t, const Tensor& anchor) {
-  if (t.is_non_overlapping_and_dense() && same_layout(t, anchor)) return t;
-  return allocate_like(anchor, t.scalar_type()).copy_(t);
-}
+Tensor along_walk(const Tensor& t, const Tensor& anchor) { return in_layout(t, anchor.strides()); }
 
 // The dimensions of the walk, outermost first.
 c10::SmallVector<int64_t, 6> walk_order(const Tensor& anchor) {
@@ -284,10 +296,9 @@ struct Call {
     return grad_logits;
   }
 
-  // In the dtype and the layout of the caller's logits, which the walk may not have had.
+  // In the dtype of the caller's logits, and in their layout, which the walk may not have had.
   static Tensor finished(const Tensor& grad_logits, const Tensor& logits) {
-    const Tensor grad = grad_logits.to(logits.scalar_type());
-    return logits.is_non_overlapping_and_dense() ? along_walk(grad, logits) : grad.contiguous();
+    return in_layout(grad_logits.to(logits.scalar_type()), dense_strides(logits));
   }
 
   void launch() {

@@ -5,18 +5,10 @@ import functools
 
 import torch
 from torch import Tensor
-from torch._prims_common import is_non_overlapping_and_dense_or_false
 
 ops = torch.ops.fused_bce
 
 _NONE = 0  # torch.nn._reduction's number
-
-
-def _like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """What the kernels allocate: the tensor's layout where it is dense, else contiguous."""
-    if is_non_overlapping_and_dense_or_false(tensor):
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=tensor.device)
-    return torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
 
 
 @torch.library.register_fake(ops.binary_cross_entropy_with_logits.default)
@@ -41,7 +33,9 @@ def _(
             operand.expand(logits.shape)
     if dtype is None:
         dtype = target.dtype if target.is_floating_point() else logits.dtype
-    return _like(target, dtype) if reduction == _NONE else logits.new_empty((), dtype=dtype)
+    if reduction == _NONE:
+        return torch.empty_like(target, dtype=dtype)
+    return logits.new_empty((), dtype=dtype)
 
 
 @torch.library.register_fake(ops.forward_with_grad.default)
@@ -49,12 +43,12 @@ def _(logits, target, weight, pos_weight, reduction, dtype=None, *extras, **name
     loss = ops.binary_cross_entropy_with_logits(
         logits, target, weight, pos_weight, reduction, dtype, *extras, **named_extras
     )
-    return loss, _like(logits, logits.dtype)
+    return loss, torch.empty_like(logits)
 
 
 @torch.library.register_fake(ops.backward.default)
 def _(grad_loss, logits, *_, **__):
-    return _like(logits, logits.dtype)
+    return torch.empty_like(logits)
 
 
 @torch.library.register_fake(ops.scale_.default)

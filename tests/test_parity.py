@@ -470,6 +470,10 @@ def inside_a_larger_one(t):
     return torch.nn.functional.pad(t, (1, 2, 1, 1))[..., 1:-1, 1:-2]
 
 
+def swapped_inside_a_larger_one(t):
+    return two_dimensions_swapped(inside_a_larger_one(two_dimensions_swapped(t)))
+
+
 def expanded(t):
     return t[:1, :, :1].expand(t.shape)
 
@@ -495,13 +499,12 @@ LAYOUTS = {
         two_dimensions_swapped,
         every_second,
         inside_a_larger_one,
+        swapped_inside_a_larger_one,
         expanded,
         overlapping,
         negated_view,
     )
 }
-DENSE = ("contiguous", "channels_last", "reversed_strides", "two_dimensions_swapped")
-
 
 UNUSUAL = [layout for layout in LAYOUTS if layout != "contiguous"]
 LAYOUT_PAIRS = [
@@ -515,11 +518,6 @@ LAYOUT_PAIRS = [
 ]
 
 
-def expected_strides(t, layout):
-    """Those of a dense tensor, else contiguous."""
-    return t.stride() if layout in DENSE else t.contiguous().stride()
-
-
 @by_reduction
 @pytest.mark.parametrize(("logits_layout", "target_layout"), LAYOUT_PAIRS)
 def test_layouts(logits_layout, target_layout, reduction, device):
@@ -531,13 +529,8 @@ def test_layouts(logits_layout, target_layout, reduction, device):
     ours = evaluate(fused, logits, target, target_grad=True, **options)
     assert_results_no_worse(ours, theirs, reference(logits, target, **options))
 
-    assert ours.grad_logits.stride() == expected_strides(logits, logits_layout)
-    if reduction == "none":
-        assert ours.loss.stride() == expected_strides(target, target_layout)
-    # torch sorts the strides of overlapping tensors, which all are 1 here, in an order of its own.
-    if "overlapping" not in (logits_layout, target_layout):
-        assert ours.grad_logits.stride() == theirs.grad_logits.stride()
-        assert ours.loss.stride() == theirs.loss.stride()
+    assert ours.grad_logits.stride() == theirs.grad_logits.stride()
+    assert ours.loss.stride() == theirs.loss.stride()
 
 
 @by_reduction
