@@ -19,7 +19,7 @@ def binary_cross_entropy_with_logits(
     """As :func:`fused_bce.functional.binary_cross_entropy_with_logits`."""
     ignored = None if ignore_index is None else target == ignore_index
     if not target.is_floating_point():
-        target = target.to(input.dtype)
+        target = target.to(_dtype_for_integers(input))
     if label_smoothing != 0.0:
         target = target * (1 - label_smoothing) + label_smoothing / 2
     if ignored is None or target.size() != input.size():
@@ -39,3 +39,11 @@ def binary_cross_entropy_with_logits(
     if reduction_number == 1:
         total = total / (~ignored).sum().clamp(min=1)
     return total.to(losses.dtype)
+
+
+def _dtype_for_integers(input: Tensor) -> torch.dtype:
+    """What targets of integers become: autocast would widen them after they were smoothed."""
+    if not torch.jit.is_scripting():
+        widened = torch.is_autocast_enabled(input.device.type)
+        return torch.promote_types(input.dtype, torch.float32) if widened else input.dtype
+    return input.dtype

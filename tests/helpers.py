@@ -58,6 +58,28 @@ class Result(NamedTuple):
     grad_target: Tensor | None
 
 
+def by_torch(
+    input, target, *, reduction="mean", label_smoothing=0.0, ignore_index=None, **weights
+) -> Tensor:
+    """torch's function, and around it, by hand, what it does not take."""
+    ignored = torch.zeros_like(target, dtype=torch.bool)
+    if ignore_index is not None:
+        ignored = target == ignore_index
+        input, target = input.masked_fill(ignored, 0), target.masked_fill(ignored, 0)
+    if not target.is_floating_point():
+        autocast = torch.is_autocast_enabled(input.device.type)
+        target = target.to(
+            torch.promote_types(input.dtype, torch.float32) if autocast else input.dtype
+        )
+    if label_smoothing:
+        target = target * (1 - label_smoothing) + label_smoothing / 2
+    if ignore_index is None:
+        return torch_bce(input, target, reduction=reduction, **weights)
+    losses = torch_bce(input, target, reduction="none", **weights).masked_fill(ignored, 0)
+    count = (~ignored).sum().clamp(min=1) if reduction == "mean" else 1
+    return losses if reduction == "none" else losses.sum() / count
+
+
 def evaluate(
     function, logits: Tensor, target: Tensor, *, grad_loss=None, target_grad=False, **options
 ) -> Result:
@@ -76,7 +98,7 @@ def evaluate(
 
 
 def reference(logits: Tensor, target: Tensor, *, grad_loss=None, **options) -> Result:
-    """torch's own function in float64, without autocast, on the CPU, of contiguous copies."""
+    """What torch makes of it in float64, without autocast, on the CPU, of contiguous copies."""
 
     def widen(value):
         if not isinstance(value, Tensor):
@@ -86,7 +108,7 @@ def reference(logits: Tensor, target: Tensor, *, grad_loss=None, **options) -> R
     options = {name: widen(value) for name, value in options.items()}
     with torch.autocast("cpu", enabled=False):
         return evaluate(
-            torch_bce,
+            by_torch,
             widen(logits),
             widen(target),
             grad_loss=widen(grad_loss),

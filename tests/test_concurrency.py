@@ -450,6 +450,7 @@ def small_steps(count):
         lambda logits: fused(logits.half(), target, weight, reduction="none").sum().backward(),
         lambda logits: fused(target, logits.t().bfloat16().t(), reduction="sum").backward(),
         lambda logits: fused(logits.detach(), target),
+        lambda logits: fused(logits, target > 0.5, ignore_index=1, label_smoothing=0.1).backward(),
         penalty,
         *(lambda logits, fail=fail: fail(logits * 1, target) for fail in ERRORS),
     )

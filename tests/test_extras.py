@@ -16,6 +16,7 @@ from helpers import (
     assert_results_no_worse,
     by_dtype,
     by_reduction,
+    by_torch,
     by_weights,
     draw_weights,
     dtype_name,
@@ -174,36 +175,22 @@ def test_integer_target_of_another_size(device):
 # Label smoothing
 
 
-def smoothed_by_hand(label_smoothing):
-    def loss(input, target, **options):
-        target = target.to(torch.promote_types(input.dtype, torch.float32))
-        target = target * (1 - label_smoothing) + label_smoothing / 2
-        return torch_bce(input, target, **options)
-
-    return loss
-
-
-def check_by_hand(by_hand, extras, logits, target, target_grad=False, grad_loss=None, **options):
-    """The same as the loss by hand in float64, up to some roundings of the dtypes."""
+def check_extras(logits, target, grad_loss=None, **options):
+    """The same as by torch in float64, up to some roundings of the dtypes."""
     got = evaluate(
-        fused, logits, target, target_grad=target_grad, grad_loss=grad_loss, **extras, **options
-    )
-    options = {name: w.double() if torch.is_tensor(w) else w for name, w in options.items()}
-    exact = evaluate(
-        by_hand,
-        logits.double(),
-        target.double() if target.is_floating_point() else target,
-        target_grad=target_grad,
-        grad_loss=None if grad_loss is None else grad_loss.double(),
+        fused,
+        logits,
+        target,
+        target_grad=target.is_floating_point(),
+        grad_loss=grad_loss,
         **options,
     )
-    for g, e in zip(got, exact, strict=True):
-        assert (g is None) == (e is None)
+    for g, e in zip(got, reference(logits, target, grad_loss=grad_loss, **options), strict=True):
         if g is not None and e.numel():
             # Smoothed targets round in the arithmetic's dtype, and near 0 gradients cancel.
             rtol = 8 * torch.finfo(g.dtype).eps
             atol = rtol * max(1.0, e.abs().max().item())
-            torch.testing.assert_close(g.double(), e, rtol=rtol, atol=atol)
+            torch.testing.assert_close(g.cpu().double(), e, rtol=rtol, atol=atol)
     return got
 
 
@@ -215,14 +202,7 @@ def test_label_smoothing(dtype, target_dtype, reduction, weights, device):
     logits, target = logits_of((7, 33), device, dtype), hard((7, 33), device, target_dtype)
     options = {"reduction": reduction, **draw_weights(weights, (33,), device)}
     for label_smoothing in (0.1, 0.75):
-        check_by_hand(
-            smoothed_by_hand(label_smoothing),
-            {"label_smoothing": label_smoothing},
-            logits,
-            target,
-            target_grad=target_dtype.is_floating_point,
-            **options,
-        )
+        check_extras(logits, target, label_smoothing=label_smoothing, **options)
 
 
 def test_label_smoothing_of_nothing_is_exact(device):
@@ -232,27 +212,6 @@ def test_label_smoothing_of_nothing_is_exact(device):
 
 
 # ignore_index
-
-
-def masked_by_hand(ignore_index, label_smoothing=0.0):
-    """Selects what is kept; for none puts the rest back as 0."""
-
-    def loss(input, target, weight=None, pos_weight=None, reduction="mean"):
-        keep = target != ignore_index
-        options = {
-            name: w.expand_as(input)[keep]
-            for name, w in (("weight", weight), ("pos_weight", pos_weight))
-            if w is not None
-        }
-        kept = smoothed_by_hand(label_smoothing)(
-            input[keep], target[keep], reduction="none", **options
-        )
-        if reduction == "none":
-            return torch.zeros_like(input).masked_scatter(keep, kept)
-        total = kept.sum()
-        return total / max(1, int(keep.sum())) if reduction == "mean" else total
-
-    return loss
 
 
 def with_ignored(shape, ignore_index, device, dtype):
@@ -282,14 +241,8 @@ def test_ignore_index(dtype, target_dtype, reduction, weights, device):
     for weight in weights.values():
         weight[ignored] = NAN
     for label_smoothing in (0.0, 0.2):
-        got = check_by_hand(
-            masked_by_hand(ignore_index, label_smoothing),
-            {"ignore_index": ignore_index, "label_smoothing": label_smoothing},
-            logits,
-            target,
-            reduction=reduction,
-            **weights,
-        )
+        extras = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+        got = check_extras(logits, target, reduction=reduction, **extras, **weights)
         assert (got.grad_logits[ignored] == 0).all()
         assert (got.grad_logits[~ignored] != 0).any()
         if reduction == "none":
@@ -408,20 +361,13 @@ def test_gradcheck(extras, reduction, weights, device):
 def test_gradient_of_the_target(extras, reduction, device):
     target = with_ignored((6, 5), -1, device, DOUBLE)
     logits = logits_of((6, 5), device, DOUBLE)
-    by_hand = masked_by_hand(extras.get("ignore_index", NAN), extras.get("label_smoothing", 0))
     got = evaluate(fused, logits, target, target_grad=True, reduction=reduction, **extras)
-    exact = evaluate(by_hand, logits, target, target_grad=True, reduction=reduction)
+    exact = evaluate(by_torch, logits, target, target_grad=True, reduction=reduction, **extras)
     for g, e in zip(got, exact, strict=True):
         assert_double_close(g, e)
 
 
 # Where torch's function takes the kernel's place
-
-
-def by_torch_alone(input, target, *, label_smoothing=0.0, ignore_index=None, **options):
-    return masked_by_hand(NAN if ignore_index is None else ignore_index, label_smoothing)(
-        input, target, **options
-    )
 
 
 TRANSFORMS = {
@@ -439,17 +385,7 @@ def test_func_transforms(extras, target_dtype, transform, device):
     target = with_ignored((3, 4), -1, device, target_dtype)
     logits = logits_of((3, 4), device, DOUBLE)
     got = transform(lambda x: fused(x, target, **extras), logits)
-    keep = target != extras.get("ignore_index", NAN)
-    exact = transform(
-        lambda x: (
-            (
-                smoothed_by_hand(extras.get("label_smoothing", 0.0))(x, target, reduction="none")
-                * keep
-            ).sum()
-            / keep.sum()
-        ),
-        logits,
-    )
+    exact = transform(lambda x: by_torch(x, target, **extras), logits)
     torch.testing.assert_close(got, exact)
 
 
@@ -460,10 +396,21 @@ def test_vmap(extras, reduction, device):
     logits = logits_of((3, 4), device, DOUBLE)
     got = torch.vmap(lambda x, t: fused(x, t, reduction=reduction, **extras))(logits, target)
     rows = [
-        by_torch_alone(x, t, reduction=reduction, **extras)
-        for x, t in zip(logits, target, strict=True)
+        by_torch(x, t, reduction=reduction, **extras) for x, t in zip(logits, target, strict=True)
     ]
     assert_double_close(got, torch.stack(rows))
+
+
+@by_extras
+def test_left_to_torch_under_autocast(extras, device):
+    # Integers are smoothed in float32 there, too, whatever the dtype of the logits is.
+    target = with_ignored((6, 5), -1, device, torch.int8)
+    logits = logits_of((6, 5), device, torch.bfloat16)
+    negated = torch._neg_view(-logits)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        got = fused(negated, target, **extras)
+        torch.testing.assert_close(got, fused(logits, target, **extras))
+    assert fused_bce.why_not_fused(negated, target) is not None
 
 
 @by_extras

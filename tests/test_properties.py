@@ -15,12 +15,14 @@ import os
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pytest
 import torch
 from helpers import (
     FLOATS,
     REDUCTIONS,
     Result,
     assert_double_close,
+    by_torch,
     evaluate,
     fused,
     is_fused,
@@ -50,7 +52,7 @@ INF, NAN = math.inf, math.nan
 # Of torch's function in float64, as a part of the largest term
 REFERENCE_ERROR = 8 * torch.finfo(torch.float64).eps
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-TARGET_DTYPES = FLOATS
+TARGET_DTYPES = (*FLOATS, *INTEGERS, torch.bool)
 WEIGHT_DTYPES = (*FLOATS, *INTEGERS, torch.bool)
 # torch subtracts 1 from it, which it refuses to do with a bool.
 POS_WEIGHT_DTYPES = (*FLOATS, *INTEGERS)
@@ -92,7 +94,12 @@ def like_logits(n):
 
 
 def like_targets(n):
+    # 0 and 1, as integers
     return torch.where(torch.rand(n) < 0.5, torch.rand(n), torch.rand(n).round())
+
+
+def some_ignored(ignore_index):
+    return lambda n: torch.where(torch.rand(n) < 0.3, ignore_index, like_targets(n))
 
 
 def like_weights(n):
@@ -112,6 +119,8 @@ class Call:
     reduction: str = "mean"
     weight: Operand | None = None
     pos_weight: Operand | None = None
+    label_smoothing: float = 0.0
+    ignore_index: int | None = None
     grad_loss: Operand | None = None  # None: ones
     autocast: torch.dtype | None = None
     threads: int = 1
@@ -120,13 +129,18 @@ class Call:
     def make(self, device):
         """Logits, target, grad_loss, and the other arguments by their names."""
         torch.manual_seed(0)
-        options = {"reduction": self.reduction}
+        options = {
+            "reduction": self.reduction,
+            "label_smoothing": self.label_smoothing,
+            "ignore_index": self.ignore_index,
+        }
         for name in ("weight", "pos_weight"):
             if operand := getattr(self, name):
                 options[name] = operand.make(like_weights, device)
+        targets = like_targets if self.ignore_index is None else some_ignored(self.ignore_index)
         return (
             self.logits.make(like_logits, device),
-            self.target.make(like_targets, device),
+            self.target.make(targets, device),
             self.grad_loss and self.grad_loss.make(like_grad_loss, device),
             options,
         )
@@ -136,6 +150,15 @@ class Call:
         """Of an argument of the loss: then it is left to torch's function."""
         operands = (self.logits, self.target, self.weight, self.pos_weight)
         return any(operand.negated for operand in operands if operand)
+
+    @property
+    def is_plain(self) -> bool:
+        """Without weights and what torch's function does not take."""
+        return (
+            self.target.dtype.is_floating_point
+            and not (self.weight or self.pos_weight or self.label_smoothing)
+            and self.ignore_index is None
+        )
 
     def surroundings(self, device):
         return surroundings(device, self.threads, self.instruction_set, self.autocast)
@@ -216,6 +239,8 @@ def calls(draw):
         reduction,
         draw(weights(shape, WEIGHT_DTYPES)),
         draw(weights(shape, POS_WEIGHT_DTYPES)),
+        draw(st.sampled_from((0.0, 0.0, 0.1, 0.6))),
+        draw(st.none() | st.sampled_from([i for i in (-100, 255, 0, 1) if holds(target.dtype, i)])),
         draw(st.none() | operands(shape if reduction == "none" else (), FLOATS)),
         draw(st.sampled_from((None, None, None, torch.bfloat16, torch.float16))),
         draw(st.sampled_from((1, 2, 3))),
@@ -223,7 +248,14 @@ def calls(draw):
     )
 
 
-def term_sizes(logits, target, grad_loss, reduction, wrong_side=False, **weights) -> Result:
+def holds(dtype: torch.dtype, number: int) -> bool:
+    if dtype is torch.bool:
+        return number in (0, 1)
+    info = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+    return info.min <= number <= info.max
+
+
+def term_sizes(logits, target, grad_loss, options, wrong_side=False) -> Result:
     """How large the terms are that the results are made of.
 
     Loss and gradient are linear in the target, and for a soft one the gradient is a difference; the
@@ -232,19 +264,25 @@ def term_sizes(logits, target, grad_loss, reduction, wrong_side=False, **weights
 
     On the wrong side of the logits no term is in its tail, where torch's float64 loses digits.
     """
-    share = torch.ones(()) if grad_loss is None else grad_loss.detach()
-    if reduction == "mean" and target.numel():
-        share = share.double() / target.numel()
-    share = share.expand(target.shape)
-    of_zeros, of_ones = (logits.abs(), -logits.abs()) if wrong_side else (logits, logits)
-    options = {"grad_loss": share, "reduction": "none", **weights}
-    negative = reference(of_zeros, torch.zeros_like(target), **options)
-    positive = reference(of_ones, torch.ones_like(target), **options)
-    t, share = target.detach().cpu().double(), share.cpu().double()
-    losses = (1 - t).abs() * negative.loss.abs() + t.abs() * positive.loss.abs()
+    smoothing, ignore_index = options["label_smoothing"], options["ignore_index"]
+    t = target.detach().cpu().double()
+    kept = torch.ones_like(t) if ignore_index is None else (t != ignore_index).double()
+    t = t * (1 - smoothing) + smoothing / 2
+    part = kept / kept.sum().clamp(min=1) if options["reduction"] == "mean" else kept
+    share = part if grad_loss is None else part * grad_loss.detach().cpu().double()
+    x = logits.detach().cpu().double().masked_fill(kept == 0, 0)
+    of_zeros, of_ones = (x.abs(), -x.abs()) if wrong_side else (x, x)
+    weights = {name: options[name] for name in ("weight", "pos_weight") if name in options}
+    negative, positive = (
+        reference(x, torch.full_like(t, hard), grad_loss=share, reduction="none", **weights)
+        for x, hard in ((of_zeros, 0), (of_ones, 1))
+    )
+    # Smoothing rounds the target, and that error is none of 1 - t, which may be next to nothing.
+    of_negative, of_positive = (1 + t.abs(),) * 2 if smoothing else ((1 - t).abs(), t.abs())
+    losses = part * (of_negative * negative.loss.abs() + of_positive * positive.loss.abs())
     return Result(
-        {"none": losses, "mean": losses.mean(), "sum": losses.sum()}[reduction],
-        (1 - t).abs() * negative.grad_logits.abs() + t.abs() * positive.grad_logits.abs(),
+        losses if options["reduction"] == "none" else losses.sum(),
+        of_negative * negative.grad_logits.abs() + of_positive * positive.grad_logits.abs(),
         (negative.loss.abs() + positive.loss.abs()) * share.abs(),
     )
 
@@ -258,10 +296,6 @@ def assert_as_good(got: Tensor, theirs: Tensor, exact: Tensor, terms: Tensor, ta
     error, allowed = ((t.cpu().double() - exact).abs().max() for t in (got, theirs))
     slack = 4 * torch.finfo(got.dtype).eps * terms.max() + REFERENCE_ERROR * tails.max()
     assert error <= 2 * allowed + slack
-
-
-def is_dense(t: Tensor) -> bool:
-    return torch.ops.aten.is_non_overlapping_and_dense(t)
 
 
 def assert_same_strides(got: Tensor, expected: Tensor) -> None:
@@ -279,10 +313,17 @@ WANTED = (("logits",), ("target",), ("logits", "target"), ())
 def test_any_call(device, call, wanted):
     logits, target, grad_loss, options = call.make(device)
     exact = reference(logits, target, grad_loss=grad_loss, **options)
-    sizes = [term_sizes(logits, target, grad_loss, **options, wrong_side=w) for w in (False, True)]
+    sizes = [term_sizes(logits, target, grad_loss, options, wrong_side) for wrong_side in (0, 1)]
+    if not target.is_floating_point():
+        wanted = [name for name in wanted if name != "target"]
     with call.surroundings(device):
         theirs = evaluate(
-            torch_bce, logits, target, grad_loss=grad_loss, target_grad=True, **options
+            by_torch,
+            logits,
+            target,
+            grad_loss=grad_loss,
+            target_grad=target.is_floating_point(),
+            **options,
         )
         without_grad = fused(logits, target, **options)
         operands = {"logits": logits, "target": target}
@@ -299,53 +340,18 @@ def test_any_call(device, call, wanted):
         ]
     torch.testing.assert_close(loss.detach(), without_grad, rtol=0, atol=0, equal_nan=True)
     assert_as_good(loss.detach(), theirs.loss, exact.loss, *(s.loss for s in sizes))
-    if call.reduction == "none" and is_dense(target):
-        assert_same_strides(loss, target)
-        assert_same_strides(loss, theirs.loss)
+    # torch's weights, cast or not, may have their say as well.
+    layouts = theirs if call.is_plain else Result(*map(torch.empty_like, (target, logits, logits)))
+    if call.reduction == "none" and not call.has_negative_bit:
+        assert_same_strides(loss, layouts.loss)
     for name, *of_operand in zip(wanted, *grads, strict=True):
         their_grad, exact_grad, *sizes_of_grad = (
             getattr(result, f"grad_{name}") for result in (theirs, exact, *sizes)
         )
         for grad in of_operand:
             assert_as_good(grad, their_grad, exact_grad, *sizes_of_grad)
-            if is_dense(logits) and is_dense(target) and not call.has_negative_bit:
-                assert_same_strides(grad, logits if name == "logits" else their_grad)
-
-
-@random_examples
-@given(
-    call=calls(),
-    dtype=st.sampled_from((*INTEGERS, torch.bool)),
-    extras=st.fixed_dictionaries(
-        {
-            "label_smoothing": st.sampled_from((0.0, 0.25)),
-            "ignore_index": st.sampled_from((None, 0, 1)),
-        }
-    ),
-)
-def test_any_integer_target(device, call, dtype, extras):
-    """The same as for the same numbers in the dtype of the arithmetic."""
-    assume(not call.has_negative_bit)  # torch's function rounds to that of the logits
-    logits, target, grad_loss, options = call.make(device)
-    call = replace(call, target=replace(call.target, dtype=dtype, negated=False))
-    target = call.target.make(like_targets, device)
-    wide = target.to(torch.promote_types(logits.dtype, torch.float32))
-    with call.surroundings(device):
-        got, expected = (
-            evaluate(fused, logits, t, grad_loss=grad_loss, **options, **extras)
-            for t in (target, wide)
-        )
-    in_float32 = call.autocast and logits.dtype is not torch.float64
-    assert got.loss.dtype == (torch.float32 if in_float32 else logits.dtype)
-    torch.testing.assert_close(
-        got.loss,
-        expected.loss.to(got.loss.dtype),
-        rtol=2 * torch.finfo(got.loss.dtype).eps,
-        atol=0,
-        equal_nan=True,
-    )
-    # grad_loss takes the dtype of the loss, all of which hold its numbers.
-    torch.testing.assert_close(got.grad_logits, expected.grad_logits, rtol=0, atol=0)
+            if not call.has_negative_bit and (call.is_plain or name == "logits"):
+                assert_same_strides(grad, getattr(layouts, f"grad_{name}"))
 
 
 def second_order(function, logits, target, grad_loss, options):
@@ -371,7 +377,7 @@ def in_double(call: Call) -> Call:
 def test_second_order(device, call):
     arguments = call.make(device)
     with call.surroundings(device):
-        got, expected = (second_order(function, *arguments) for function in (fused, torch_bce))
+        got, expected = (second_order(function, *arguments) for function in (fused, by_torch))
     assert_double_close(got, expected)
 
 
@@ -382,22 +388,18 @@ def test_second_order(device, call):
     edited=st.sampled_from(("logits", "target", "weight", "pos_weight")),
 )
 def test_edit_between_forward_and_backward(device, call, wanted, edited):
-    errors = []
-    for function in (fused, torch_bce):
-        logits, target, _, options = call.make(device)
-        operands = {"logits": logits, "target": target, **options}
-        if edited not in operands:
-            return
-        leaves = [operands[name].requires_grad_() for name in wanted]
-        loss = function(logits, target, **options).sum()
-        # The memory that it is a view of, since a tensor that overlaps itself cannot be edited.
-        with torch.no_grad():
-            operands[edited]._base.zero_()
-        errors.append(outcome(torch.autograd.grad, loss, leaves).error)
-    ours, theirs = errors
-    assert ours is not None
-    assert "modified by an inplace operation" in ours[1]
-    assert ours[0] is theirs[0]
+    logits, target, _, options = call.make(device)
+    operands = {"logits": logits, "target": target, **options}
+    assume(edited in operands and not call.has_negative_bit)
+    if not target.is_floating_point():
+        wanted = ["logits"]
+    leaves = [operands[name].requires_grad_() for name in wanted]
+    loss = fused(logits, target, **options).sum()
+    # The memory that it is a view of, since a tensor that overlaps itself cannot be edited.
+    with torch.no_grad():
+        operands[edited]._base.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, leaves)
 
 
 SPECIAL_LOGITS = (
@@ -414,36 +416,47 @@ values_of_targets = (
 @random_examples
 @given(
     pairs=st.lists(st.tuples(values_of_logits, values_of_targets), min_size=1, max_size=70),
-    dtypes=st.tuples(st.sampled_from(FLOATS), st.sampled_from(TARGET_DTYPES)),
+    dtypes=st.tuples(st.sampled_from(FLOATS), st.sampled_from(FLOATS)),
     p=st.sampled_from((None, 0.5, 3.0)),
+    label_smoothing=st.sampled_from((0.0, 0.0, 0.1)),
+    ignore_index=st.sampled_from((None, None, 0, 1)),
     instruction_set=st.sampled_from(_C.instruction_sets()),
 )
-def test_any_values(device, pairs, dtypes, p, instruction_set):
+def test_any_values(device, pairs, dtypes, p, label_smoothing, ignore_index, instruction_set):
     """Each element for itself, whatever its neighbours are."""
     logits, target = (
         torch.tensor(numbers, dtype=torch.float64).to(device, dtype)
         for numbers, dtype in zip(zip(*pairs, strict=True), dtypes, strict=True)
     )
-    options = {} if p is None else {"pos_weight": torch.tensor(p, device=device)}
+    options = {"label_smoothing": label_smoothing, "ignore_index": ignore_index}
+    if p is not None:
+        options["pos_weight"] = torch.tensor(p, device=device)
     with surroundings(device, instruction_set=instruction_set):
         got = evaluate(fused, logits, target, reduction="none", **options)
         summed = evaluate(fused, logits, target, reduction="sum", **options)
-    x, t = logits.cpu().double(), target.cpu().double()
-    has_nan = x.isnan() | t.isnan()
+    x, given_t = logits.cpu().double(), target.cpu().double()
+    ignored = given_t == ignore_index if ignore_index is not None else torch.zeros_like(x).bool()
+    t = given_t * (1 - label_smoothing) + label_smoothing / 2
+    has_nan = (x.isnan() | t.isnan()) & ~ignored
     assert torch.equal(got.loss.isnan().cpu(), has_nan)
     assert torch.equal(got.grad_logits.isnan().cpu(), has_nan)
     assert summed.loss.isnan() >= has_nan.any()
     assert torch.equal(summed.grad_logits.nan_to_num(7), got.grad_logits.nan_to_num(7))
+    assert not got.loss.cpu()[ignored].any()
+    assert not got.grad_logits.cpu()[ignored].any()
 
     # Not the targets whose product with pos_weight is too small for a float
-    in_domain = x.isinf() & ((t == 0) | (t > 1e-30)) & (t <= 1)
+    in_domain = x.isinf() & ~ignored & ((t == 0) | (t > 1e-30)) & (t <= 1)
     towards_target = torch.where(x > 0, t == 1, t == 0)
-    side = torch.where(x > 0, 1 - t, -t * (p or 1))
-    limits = {"loss": torch.where(towards_target, 0.0, INF).double(), "grad_logits": side}
-    finite = x.isfinite() & ~has_nan
-    known = torch.where(finite, x, 0), torch.where(finite, t, 0)
-    exact = reference(*known, reduction="none", **options)
-    terms, tails = (term_sizes(*known, None, "none", wrong_side=w, **options) for w in (0, 1))
+    limits = {
+        "loss": torch.where(towards_target, 0.0, INF).double(),
+        "grad_logits": torch.where(x > 0, 1 - t, -t * (p or 1)),
+    }
+    finite = x.isfinite() & ~has_nan & ~ignored
+    known = torch.where(finite, x, 0), torch.where(finite, given_t, 0.5)
+    options["reduction"] = "none"
+    exact = reference(*known, **options)
+    terms, tails = (term_sizes(*known, None, options, wrong_side) for wrong_side in (0, 1))
     # Half types are the float32 result, rounded once.
     arithmetic = torch.finfo(torch.float64 if torch.float64 in dtypes else torch.float32)
     # Where exp(-|x|) is below the smallest normal number it is 0.
@@ -459,7 +472,7 @@ def test_any_values(device, pairs, dtypes, p, instruction_set):
             for v in (getattr(got, result), getattr(exact, result), limit)
         )
         assert ((value - true).abs() <= slack)[finite].all()
-        assert ((value - limit).abs() <= stored.eps)[in_domain].all()
+        assert ((value - limit).abs() <= 4 * stored.eps)[in_domain].all()
 
 
 def empty_tensors(*shapes, dtypes=(torch.float32,), **options):
@@ -473,7 +486,7 @@ def empty_tensors(*shapes, dtypes=(torch.float32,), **options):
     }
 
 
-OTHER_DTYPES = (torch.int64, torch.bool, torch.uint16, torch.complex64, torch.float8_e4m3fn)
+OTHER_DTYPES = (torch.complex64, torch.float8_e4m3fn)
 NO_TENSORS = {
     "None": lambda device: None,
     "number": lambda device: 1.0,
@@ -493,13 +506,18 @@ ODD = {
 }
 
 
+# As targets these are errors of torch's alone.
+INTEGER_LOGITS = empty_tensors((3, 4), dtypes=(torch.int64, torch.bool))
+EVERY_ARGUMENT = GOOD | ODD | INTEGER_LOGITS
+
+
 def arguments_like(usual):
     return st.sampled_from(sorted(usual)) | st.sampled_from(sorted(ODD))
 
 
 @random_examples
 @given(
-    logits=arguments_like(GOOD),
+    logits=arguments_like(GOOD) | st.sampled_from(sorted(INTEGER_LOGITS)),
     target=arguments_like(GOOD),
     weight=arguments_like({"None": None}),
     pos_weight=arguments_like({"None": None}),
@@ -508,11 +526,9 @@ def arguments_like(usual):
 )
 def test_any_arguments(device, logits, target, weight, pos_weight, reduction, legacy):
     """The same error, or none, and the same warnings; mostly several things are wrong at once."""
-    # Targets that torch refuses and we take
-    assume(not target.startswith(("torch.int64", "torch.bool")))
 
     def call(function):
-        made = ((GOOD | ODD)[name](device) for name in (logits, target, weight, pos_weight))
+        made = (EVERY_ARGUMENT[name](device) for name in (logits, target, weight, pos_weight))
         input, label, w, p = made
         return outcome(function, input, label, w, *legacy, reduction, p)
 
