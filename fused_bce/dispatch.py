@@ -3,6 +3,7 @@
 import functools
 import logging
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,7 +172,7 @@ def _only_default_device(*arguments: Tensor | None) -> bool:
     )
 
 
-def has_integers(target: object) -> bool:
+def has_integers(target: Any) -> bool:
     """Whether this is a target that the kernels take and torch's function does not."""
     if torch.compiler.is_compiling():
         return target.dtype in _TARGETS - _FLOATS

@@ -2,9 +2,12 @@
 (csrc/autograd.cpp): the shapes that they return, for tracing, and how they are sharded."""
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 ops = torch.ops.fused_bce
 
@@ -146,7 +149,7 @@ def _register_sharding() -> None:
         ]
 
 
-def add_up(partial: Tensor) -> Tensor:
+def add_up(partial: "DTensor") -> "DTensor":
     """The whole of a DTensor that is a partial sum in each process."""
     from torch.distributed.tensor import Replicate
 

@@ -189,7 +189,7 @@ class BroadcastReader {
   explicit BroadcastReader(const Broadcast& source) : source_(source) {
     if (!source.data) return;
     if (source.inner <= kTile<T> && source.channels <= kTile<T> / source.inner) {
-      period_ = source.channels * source.inner;
+      period_ = static_cast<int>(source.channels * source.inner);
       expand(0, period_);
       for (int i = period_; i < 2 * kTile<T>; ++i) buffer_[i] = buffer_[i - period_];
     }
