@@ -6,7 +6,7 @@ VENV ?= .venv
 python := $(VENV)/bin/python
 built := $(VENV)/.built
 
-.PHONY: demo test bench lint gpu
+.PHONY: demo test bench lint sanitize gpu
 
 demo: $(built)  ## train on real data with torch's loss and with ours, then the tutorial's listings
 	$(python) examples/train_digits.py --output demo-output
@@ -28,7 +28,11 @@ bench: $(built)  ## measure on the CPU ours beside eager, torch.compile and the 
 lint: $(built)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+sanitize: $(built)  ## tests of the C++ of the CPU path under the address, undefined and thread sanitizers
+	PYTHON=$(python) bash .ci/sanitize
 
 gpu:  ## on a machine with a GPU, with the python3 at hand: build, test, sanitize, measure
 	bash .ci/gpu

@@ -4,6 +4,7 @@ Environment variables:
   FORCE_CUDA            1: build the CUDA kernels although no GPU is visible; 0: leave them out
   TORCH_CUDA_ARCH_LIST  GPU architectures, such as "8.0;9.0+PTX" (default: see DEFAULT_CUDA_ARCHS)
   DEBUG                 1: no optimisation, debug symbols
+  SANITIZE              sanitizers of the compiler, such as "address,undefined": see .ci/sanitize
   MAX_JOBS              compilers that run at the same time
 """
 
@@ -58,10 +59,22 @@ def check_cuda_toolchain() -> None:
 
 
 def compile_args() -> list[str]:
-    optimisation = ["-O0", "-g"] if os.environ.get("DEBUG") == "1" else ["-O3", "-g0"]
+    args = ["-fvisibility=hidden", "-Wall", *sanitizer_args()]
+    if sanitizer_args():
+        args += ["-O1", "-g"]
+    elif os.environ.get("DEBUG") == "1":
+        args += ["-O0", "-g"]
+    else:
+        args += ["-O3", "-g0"]
     # Without -fopenmp at::parallel_for is serial. It is not given to the linker: the symbols come
-    # from the OpenMP runtime that torch brings, so that there is one pool of threads.
-    return [*optimisation, "-fopenmp", "-fvisibility=hidden", "-Wall"]
+    # from the OpenMP runtime that torch brings, so that there is one pool of threads. The thread
+    # sanitizer takes the barriers of that runtime, which it cannot see into, for races.
+    return args if "thread" in os.environ.get("SANITIZE", "") else [*args, "-fopenmp"]
+
+
+def sanitizer_args() -> list[str]:
+    sanitizers = os.environ.get("SANITIZE")
+    return [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=undefined"] if sanitizers else []
 
 
 def extension():
@@ -71,6 +84,7 @@ def extension():
         "include_dirs": [pybind11.get_include()],
         "depends": [str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.*h")],
         "extra_compile_args": {"cxx": compile_args()},
+        "extra_link_args": sanitizer_args(),
     }
     if not use_cuda():
         return cpp_extension.CppExtension(**options)
