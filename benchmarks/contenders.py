@@ -41,10 +41,16 @@ class Contender:
 
 
 def make_contenders(
-    case: Case, with_compile: bool = True, with_graph: bool = False, with_peers: bool = False
+    case: Case,
+    with_compile: bool = True,
+    with_graph: bool = False,
+    with_peers: bool = False,
+    alone: bool = False,
 ) -> dict[str, Contender]:
-    """The contenders by name, all with the same inputs."""
+    """The contenders by name, all with the same inputs; alone: fused and none beside it."""
     inputs = [make_inputs(case) for _ in range(copies_of_inputs(case))]
+    if alone:
+        return {"fused": loss_contender(case, make_losses(case, inputs[0], False)["fused"], inputs)}
     losses = make_losses(case, inputs[0], with_compile)
     if with_peers:
         losses |= make_peers(case)

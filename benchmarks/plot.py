@@ -3,7 +3,8 @@
 python benchmarks/plot.py benchmarks/results/cpu-ladder.csv
 
 A ladder of sizes becomes one figure for each kind of call, workloads, training steps and extras
-become bars, a file of accuracy.py the errors over the logits.
+become bars, a file of accuracy.py the errors over the logits, a file of --alone the cost of an
+element over the sizes.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from plot_accuracy import plot_accuracy
 from plot_bars import plot_bars
+from plot_cost import plot_cost
 from plot_ladder import group_name, plot_ladder
 from results import AccuracyRow, Origin, Row, read_rows
 
@@ -42,6 +44,9 @@ def figures(rows: list[Origin]) -> Iterator[tuple[str, Figure]]:
     """With the end of their names; "" where the file has one figure."""
     if isinstance(rows[0], AccuracyRow):
         yield "", plot_accuracy(rows)
+        return
+    if all(row.contender == "fused" for row in rows):
+        yield "", plot_cost(rows)
         return
     named = [row for row in rows if row.workload]
     for mode in dict.fromkeys(row.mode for row in named):

@@ -73,6 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--repeats", type=int, default=7, help="rounds at least, for each case (7)")
     add("--seconds", type=float, default=2, help="more rounds while these last (2)")
     add("--no-compile", action="store_true", help="leave torch.compile out")
+    add("--alone", action="store_true", help="fused and none beside it, for the largest sizes")
     add("--output", type=Path, default=RESULTS, help="a CSV file, or a folder (benchmarks/results)")
     add("--append", action="store_true", help="add to the CSV file, in place of a new one")
     arguments = parser.parse_args()
@@ -82,6 +83,8 @@ def parse_arguments() -> argparse.Namespace:
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.workloads and arguments.preset not in ("workloads", "training", "extras"):
         parser.error("--workloads needs --preset workloads, training or extras")
+    if arguments.alone and (arguments.preset or arguments.graph):
+        parser.error("--alone goes with the ladder of sizes: presets and graphs compare")
     if arguments.graph and arguments.device == "cpu":
         parser.error("--graph needs --device cuda: CUDA graphs replay what runs on a GPU")
     return arguments
@@ -168,6 +171,7 @@ def contenders_of(case: Case, arguments: argparse.Namespace) -> dict[str, Conten
         with_compile=not arguments.no_compile,
         with_graph=arguments.graph,
         with_peers=arguments.preset == "peers",
+        alone=arguments.alone,
     )
 
 
@@ -184,7 +188,10 @@ def measure(case: Case, arguments: argparse.Namespace, facts: dict) -> dict[str,
     if "fused plain" in steps:
         bytes_per_element["fused plain"] = case.plain.bytes_per_element
     rows = {}
-    for name, contender in contenders.items():
+    del steps
+    for name in list(contenders):
+        # Those that were timed make room: at the largest sizes there is room for one.
+        renew = contenders.pop(name).renew
         rows[name] = Row(
             **facts,
             **dataclasses.asdict(case),
@@ -194,7 +201,7 @@ def measure(case: Case, arguments: argparse.Namespace, facts: dict) -> dict[str,
             median_seconds=timings[name].median,
             iqr_seconds=timings[name].iqr,
             wall_seconds=timings[name].wall_median,
-            peak_bytes=peak_bytes(contender.renew(), case.device) if contender.renew else None,
+            peak_bytes=peak_bytes(renew(), case.device) if renew else None,
             other_load=others.processors,
         )
     return rows
@@ -209,7 +216,8 @@ def measure_all(cases: list[Case], arguments: argparse.Namespace, console: Conso
         path /= file_name(arguments.device, facts["device_name"], facts["date"], content)
     start_file(path, arguments.append)
     measured: Measured = {}
-    table = times_table if arguments.preset in (None, "goals") else contenders_table
+    compares = arguments.preset in (None, "goals") and not arguments.alone
+    table = times_table if compares else contenders_table
     for title, group in itertools.groupby(cases, key=lambda case: case.title):
         of_group: Measured = {}
         for case in group:

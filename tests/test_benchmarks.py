@@ -15,7 +15,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from helpers import torch_bce
+from helpers import by_dtype, by_reduction, fused, torch_bce
 
 pytest.importorskip("matplotlib", reason="plot.py draws with it")
 pytest.importorskip("rich", reason="run.py prints its tables with it")
@@ -154,6 +154,37 @@ def test_non_leaf(tmp_path):
     goals = ["--preset", "goals", "--sizes", 128]
     assert "of 1 met" in run_script("run.py", *quick, *goals, "--output", tmp_path)
     assert {row["mode"] for row in read(tmp_path / "cpu-goals.csv")} == {"fwd+bwd non-leaf"}
+
+
+def test_alone(tmp_path):
+    path = tmp_path / "cost.csv"
+    arguments = ["--alone", "--device", "cpu", "--mode", "fwd+bwd", "--sizes", 640, "2^14"]
+    run_script("run.py", *QUICK, *arguments, "--output", path)
+    rows = read(path)
+    assert [row["contender"] for row in rows] == ["fused", "fused"]
+    assert int(rows[-1]["peak_bytes"]) == pytest.approx(4 * 2**14, abs=4096)
+    run_script("plot.py", path)
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@by_reduction
+@by_dtype
+def test_peak_memory(dtype, reduction, device):
+    """A training step holds the gradient of the logits and, where each is wanted, the losses."""
+    from timing import peak_bytes
+
+    logits, target = (torch.rand(2**16, device=device, dtype=dtype) for _ in range(2))
+    logits.requires_grad_()
+    grad_loss = torch.ones_like(target) if reduction == "none" else torch.ones((), device=device)
+
+    def step():
+        torch.autograd.backward(fused(logits, target, reduction=reduction), grad_loss.to(dtype))
+
+    step()
+    logits.grad = None
+    size = logits.nbytes * (2 if reduction == "none" else 1)
+    # Beside them the loss and partial sums, in blocks of half a kilobyte on a GPU
+    assert size <= peak_bytes(step, device) <= size + 4096
 
 
 def test_graph_needs_a_gpu():

@@ -1,6 +1,7 @@
 """What a user reads when a build does not fit."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,3 +64,15 @@ def test_forced_cuda_needs_a_cuda_torch():
     result = run_python("setup.py", "--version", FORCE_CUDA="1")
     assert result.returncode == 1
     assert "is a CPU build. Install a CUDA build of torch" in result.stderr
+
+
+def test_readme_names_tests_that_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    defined = {
+        name
+        for path in (ROOT / "tests").glob("test_*.py")
+        for name in [path.name, *re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)]
+    }
+    named = set(re.findall(r"\btest_\w+(?:\.py)?", text))
+    assert len(named) > 50
+    assert named <= defined

@@ -1,0 +1,30 @@
+"""What an element costs, over the number of elements."""
+
+from matplotlib.figure import Figure
+from plot_ladder import group_name
+from plot_style import CAPTION_STYLE, caption
+from results import Row
+
+FLAT = 1.25  # times the cheapest
+
+
+def plot_cost(rows: list[Row]) -> Figure:
+    """A line for each kind of call, and how far it may rise and still be flat."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(group_name(row), []).append(row)
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, group in groups.items():
+        costs = [1e9 * row.median_seconds / row.numel for row in group]
+        (line,) = axes.plot([row.numel for row in group], costs, marker="o", label=name)
+        axes.axhspan(min(costs), FLAT * min(costs), color=line.get_color(), alpha=0.1)
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("N, elements")
+    axes.set_ylabel("nanoseconds an element, median")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    axes.set_title(f"{rows[0].device_name}: fused, and 25 % above the cheapest size")
+    figure.supxlabel(caption(rows), **CAPTION_STYLE)
+    return figure
