@@ -9,9 +9,11 @@ Environment variables:
 """
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import setup
 
 try:
@@ -21,9 +23,19 @@ try:
 except ImportError as error:
     sys.exit(
         f"fused_bce is compiled against the torch that it will run with, and there is no "
-        f"{error.name} here. Install torch, setuptools, ninja and pybind11, then: "
-        "pip install --no-build-isolation ."
+        f"{error.name} here (pip builds in an environment of its own unless told not to). Install "
+        'torch, "setuptools>=77", ninja and pybind11, then: pip install --no-build-isolation .'
     )
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(
+        f"fused_bce is built by setuptools 77 or newer, and this is {setuptools.__version__}: "
+        'pip install "setuptools>=77"'
+    )
+
+if torch.__version__ < "2.11":
+    # Else pip would build for this one and then install a newer torch, as the metadata asks.
+    sys.exit(f"fused_bce needs torch 2.11 or newer, and this is torch {torch.__version__}")
 
 # Ampere and Hopper as machine code, PTX for what comes after.
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
@@ -58,6 +70,17 @@ def check_cuda_toolchain() -> None:
         )
 
 
+def check_compiler() -> None:
+    """Clang calls LLVM's OpenMP runtime; on Linux torch brings GCC's, and nothing would load."""
+    compiler = cpp_extension.get_cxx_compiler()
+    command = [*compiler.split(), "-dM", "-E", "-x", "c++", os.devnull]
+    macros = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    if sys.platform == "linux" and "__clang__" in macros:
+        sys.exit(
+            f"On Linux fused_bce is built by GCC, as torch is, but {compiler} is Clang: set CXX=g++"
+        )
+
+
 def compile_args() -> list[str]:
     args = ["-fvisibility=hidden", "-Wall", *sanitizer_args()]
     if sanitizer_args():
@@ -78,6 +101,7 @@ def sanitizer_args() -> list[str]:
 
 
 def extension():
+    check_compiler()
     options = {
         "name": "fused_bce._C",
         "sources": sources("", ".cpp") + sources("cpu", ".cpp"),
@@ -99,4 +123,7 @@ def extension():
 setup(
     ext_modules=[extension()],
     cmdclass={"build_ext": cpp_extension.BuildExtension},
+    # Without ninja setuptools would take the extension that an earlier build for another torch left
+    # in build/ for up to date.
+    options={"build_ext": {"force": True}},
 )

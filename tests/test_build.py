@@ -66,6 +66,31 @@ def test_forced_cuda_needs_a_cuda_torch():
     assert "is a CPU build. Install a CUDA build of torch" in result.stderr
 
 
+def error_of_setup(before="pass", **environment):
+    run = "sys.argv = ['setup.py', '--name']; runpy.run_path('setup.py')"
+    result = run_python("-c", f"import runpy, sys; {before}; {run}", FORCE_CUDA="0", **environment)
+    assert result.returncode == 1
+    return result.stderr
+
+
+def test_what_cannot_build_it_is_named():
+    version = "torch.torch_version.TorchVersion('2.10.1')"
+    error = error_of_setup(f"import torch; torch.__version__ = {version}")
+    assert "fused_bce needs torch 2.11 or newer, and this is torch 2.10.1" in error
+    error = error_of_setup("import setuptools; setuptools.__version__ = '65.5.0'")
+    assert 'this is 65.5.0: pip install "setuptools>=77"' in error
+    error = error_of_setup("sys.modules['pybind11'] = None")
+    assert "there is no pybind11 here" in error
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Clang is the compiler of torch")
+def test_clang_is_refused(tmp_path):
+    clang = tmp_path / "clang++"
+    clang.write_text("#!/bin/sh\necho '#define __clang__ 1'\n")
+    clang.chmod(0o755)
+    assert f"but {clang} is Clang: set CXX=g++" in error_of_setup(CXX=str(clang))
+
+
 def test_readme_names_tests_that_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     defined = {
