@@ -74,7 +74,10 @@ def check_compiler() -> None:
     """Clang calls LLVM's OpenMP runtime; on Linux torch brings GCC's, and nothing would load."""
     compiler = cpp_extension.get_cxx_compiler()
     command = [*compiler.split(), "-dM", "-E", "-x", "c++", os.devnull]
-    macros = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    try:
+        macros = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except FileNotFoundError:
+        sys.exit(f"fused_bce is compiled by GCC, and there is no {compiler} here")
     if sys.platform == "linux" and "__clang__" in macros:
         sys.exit(
             f"On Linux fused_bce is built by GCC, as torch is, but {compiler} is Clang: set CXX=g++"

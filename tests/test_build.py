@@ -81,6 +81,7 @@ def test_what_cannot_build_it_is_named():
     assert 'this is 65.5.0: pip install "setuptools>=77"' in error
     error = error_of_setup("sys.modules['pybind11'] = None")
     assert "there is no pybind11 here" in error
+    assert "there is no absent++ here" in error_of_setup(CXX="absent++")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Clang is the compiler of torch")
