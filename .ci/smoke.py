@@ -34,12 +34,11 @@ def check(dtype: torch.dtype, target_dtype: torch.dtype) -> None:
     exact = logits.detach().double().requires_grad_()
     theirs = torch.nn.BCEWithLogitsLoss(pos_weight=pos_weight.double())(exact, target.double())
     theirs.backward()
-    tolerance = 4 * torch.finfo(dtype).eps
-    torch.testing.assert_close(loss.double(), theirs, rtol=tolerance, atol=0)
-    # Half gradients of the mean may be subnormal, which have fewer digits.
-    torch.testing.assert_close(
-        logits.grad.double(), exact.grad, rtol=tolerance, atol=torch.finfo(dtype).smallest_normal
-    )
+    # As a part of the largest gradient: torch loses the digits of small ones, in float64, too.
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(loss.double(), theirs, rtol=4 * eps, atol=0)
+    largest = exact.grad.abs().max().item()
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=0, atol=4 * eps * largest)
 
 
 if __name__ == "__main__":
