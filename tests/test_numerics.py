@@ -201,6 +201,19 @@ def test_double_is_rounded_once_to_a_narrower_loss(kernel_device, narrow):
         assert np.array_equal(loss.numpy(), expected)
 
 
+@pytest.mark.parametrize("side", [-1, 1])
+@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16])
+def test_double_beside_a_tie(kernel_device, narrow, side):
+    """Losses that would be halfway between two numbers if they were rounded to float32 first."""
+    unit = 64 * torch.finfo(narrow).eps
+    below = torch.arange(64, 128, unit, dtype=torch.float64)
+    # Their exp(-x) is too small to count: the loss of a negative is the logit.
+    logits = (below + unit / 2 + side * 2.0**-40).to(kernel_device)
+    loss = forward_op(logits, torch.zeros_like(logits, dtype=narrow), None, None, NONE)
+    assert loss.dtype == narrow
+    assert torch.equal(loss.double().cpu(), below if side < 0 else below + unit)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("numel", [10**4, 10**6, pytest.param(10**8, marks=pytest.mark.large)])
 def test_sums_are_exact_to_the_last_digit(device, reduction, numel):

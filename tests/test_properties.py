@@ -1,7 +1,7 @@
 """Random calls, held against torch's function in float64: shapes, strides, dtypes, weights, values,
 backward passes, errors.
 
-A run takes some hundred examples, always the same. Two thousand for each test, new ones each time:
+A run takes two hundred examples for each test, always the same. Two thousand, new ones each time:
 
     HYPOTHESIS_PROFILE=thorough python -m pytest tests/test_properties.py
 
@@ -43,7 +43,7 @@ COMMON = {
     "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 }
 PROFILES = {
-    "quick": settings(max_examples=100, derandomize=True, **COMMON),
+    "quick": settings(max_examples=200, derandomize=True, **COMMON),
     "thorough": settings(max_examples=2000, print_blob=True, **COMMON),
 }
 random_examples = PROFILES[os.environ.get("HYPOTHESIS_PROFILE", "quick")]
