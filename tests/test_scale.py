@@ -8,8 +8,9 @@ from helpers import evaluate, fused, reference, torch_bce
 
 ROWS, COLUMNS = 429_496_733, 5
 CHUNK = 2**21  # rows that are taken to float64 at a time
-# Logits, target and gradient are 4 GiB each, the numbers of a chunk in float64 less than one.
-NEEDED = 14 * 2**30
+# Logits, target and gradient are 4 GiB each, bool targets 2, and the numbers of a chunk in float64
+# less than one.
+NEEDED = 16 * 2**30
 
 pytestmark = pytest.mark.large
 
@@ -56,11 +57,16 @@ def mean_in_float64(logits, target, weights):
     return total / logits.numel()
 
 
-@pytest.mark.parametrize("case", ["unweighted", "pos_weight of a column", "weight of an element"])
+@pytest.mark.parametrize(
+    "case", ["unweighted", "bool targets", "pos_weight of a column", "weight of an element"]
+)
 def test_mean(problem, case):
     logits, target = problem
+    if case == "bool targets":
+        target = target.bool()
     weights = {
         "unweighted": {},
+        "bool targets": {},
         "pos_weight of a column": {"pos_weight": torch.rand(COLUMNS) + 0.5},
         "weight of an element": {"weight": target},  # any numbers, and no more memory
     }[case]
