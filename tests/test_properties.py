@@ -340,7 +340,7 @@ def test_any_call(device, call, wanted):
         ]
     torch.testing.assert_close(loss.detach(), without_grad, rtol=0, atol=0, equal_nan=True)
     assert_as_good(loss.detach(), theirs.loss, exact.loss, *(s.loss for s in sizes))
-    # torch's weights, cast or not, may have their say as well.
+    # Strides of a weight may decide in torch's function; here they never do.
     layouts = theirs if call.is_plain else Result(*map(torch.empty_like, (target, logits, logits)))
     if call.reduction == "none" and not call.has_negative_bit:
         assert_same_strides(loss, layouts.loss)
