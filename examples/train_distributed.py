@@ -12,6 +12,7 @@ exits with status 1 if they do not.
 """
 
 import argparse
+import gc
 import math
 
 import torch
@@ -129,6 +130,9 @@ def main() -> None:
     rank, processes = dist.get_rank(), dist.get_world_size()
     way = {"batch": ByBatch, "labels": ByLabels}[arguments.parallel]
     curve = train(way(network(arguments.seed)), arguments.epochs, arguments.seed)
+    # DistributedDataParallel lies in a reference cycle; threads of its group that outlive Python
+    # would end the process with an error.
+    gc.collect()
     dist.barrier()
     dist.destroy_process_group()
     if rank == 0:
