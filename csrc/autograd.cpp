@@ -1,9 +1,12 @@
 // The gradient wiring: what runs in forward, what in backward.
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Reduction.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/log_sigmoid.h>
+#include <ATen/ops/rsub.h>
 #include <ATen/ops/sigmoid.h>
+#include <ATen/ops/where.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -24,29 +27,29 @@ auto op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-Tensor call_loss(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                 const OptionalTensor& pos_weight, int64_t reduction, OptionalDtype dtype,
-                 double label_smoothing, OptionalIndex ignore_index,
-                 const OptionalTensor& divisor) {
+template <class... Arguments>
+Tensor call_loss(const Arguments&... arguments) {
   static const auto loss = op<LossSignature>("fused_bce::binary_cross_entropy_with_logits");
-  return loss.call(logits, target, weight, pos_weight, reduction, dtype, label_smoothing,
-                   ignore_index, divisor);
+  return loss.call(arguments...);
+}
+
+at::ScalarType at_least_float(at::ScalarType type) {
+  return type == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 // What a backward starts from.
 struct Saved {
   Tensor logits, target;
-  OptionalTensor weight, pos_weight, divisor;
+  OptionalTensor weight, pos_weight, label_smoothing, divisor;
   int64_t reduction;
-  double label_smoothing;
   OptionalIndex ignore_index;
+  bool ignore_nan;
 
   // In the dtype of the arithmetic: half types would lose digits, and a float64 number times a
   // float32 array is float32.
   Tensor widened(const Tensor& t) const {
-    const bool in_double =
-        logits.scalar_type() == at::kDouble || target.scalar_type() == at::kDouble;
-    return t.to(in_double ? at::kDouble : at::kFloat);
+    return t.to(
+        at_least_float(target.scalar_type() == at::kDouble ? at::kDouble : logits.scalar_type()));
   }
 
   // grad_loss * weight, over N for mean
@@ -58,20 +61,24 @@ struct Saved {
     return weight ? factor * widened(*weight) : factor;
   }
 
-  Tensor zero_where_ignored(const Tensor& t) const {
-    return ignore_index ? t.masked_fill(target == *ignore_index, 0) : t;
+  bool ignores() const { return ignore_index || ignore_nan; }
+
+  Tensor zero_where_ignored(Tensor t) const {
+    if (ignore_index) t = t.masked_fill(target == *ignore_index, 0);
+    if (ignore_nan) t = t.masked_fill(target.isnan(), 0);
+    return t;
   }
 
-  // In torch's own operations, hence differentiable and batchable; written so that hard targets
-  // cancel nothing: (1 - t) sigmoid(x) - p t sigmoid(-x). What is ignored is taken out of x as
-  // well, for 0 times the derivative at nan is nan.
+  // In torch's own operations, none of them in place, hence differentiable, batchable and
+  // traceable. Written so that hard targets cancel nothing: (1 - t) sigmoid(x) - p t sigmoid(-x).
+  // What is ignored is taken out of both as well, for 0 times the derivative at nan is nan.
   Tensor differentiable_grad_logits(const Tensor& grad_loss) const {
     const Tensor x = zero_where_ignored(widened(logits));
-    const Tensor given = widened(target);
+    const Tensor given = zero_where_ignored(widened(target));
     const Tensor t =
-        label_smoothing == 0 ? given : given * (1 - label_smoothing) + label_smoothing / 2;
+        label_smoothing ? given * at::rsub(*label_smoothing, 1) + *label_smoothing / 2 : given;
     const Tensor positive = pos_weight ? widened(*pos_weight) * t : t;
-    const Tensor slope = (1 - t) * at::sigmoid(x) - positive * at::sigmoid(-x);
+    const Tensor slope = at::rsub(t, 1) * at::sigmoid(x) - positive * at::sigmoid(-x);
     return zero_where_ignored(slope * factor(grad_loss)).to(logits.scalar_type());
   }
 
@@ -80,10 +87,34 @@ struct Saved {
     const Tensor x = zero_where_ignored(widened(logits));
     const Tensor slope =
         pos_weight ? at::log_sigmoid(-x) - widened(*pos_weight) * at::log_sigmoid(x) : -x;
-    const Tensor grad = slope * factor(grad_loss) * (1 - label_smoothing);
+    Tensor grad = slope * factor(grad_loss);
+    if (label_smoothing) grad = grad * at::rsub(*label_smoothing, 1);
     return zero_where_ignored(grad).to(target.scalar_type());
   }
 };
+
+// What is not ignored is counted once, for forward and backward.
+OptionalTensor divisor_for(const Tensor& target, int64_t reduction, OptionalIndex ignore_index,
+                           bool ignore_nan, const OptionalTensor& given) {
+  const bool counts = (ignore_index || ignore_nan) && reduction == at::Reduction::Mean;
+  if (given || !counts) return given;
+  static const auto count_kept = op<CountSignature>("fused_bce::count_kept");
+  return count_kept.call(target, ignore_index, ignore_nan);
+}
+
+Tensor differentiable_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
+                               const OptionalTensor& weight, const OptionalTensor& pos_weight,
+                               int64_t reduction, const OptionalTensor& label_smoothing,
+                               OptionalIndex ignore_index, bool ignore_nan,
+                               const OptionalTensor& divisor) {
+  const Saved saved{
+      logits,          target,
+      weight,          pos_weight,
+      label_smoothing, divisor_for(target, reduction, ignore_index, ignore_nan, divisor),
+      reduction,       ignore_index,
+      ignore_nan};
+  return saved.differentiable_grad_logits(grad_loss);
+}
 
 bool has_tangent(const Tensor& t) { return t.defined() && t._fw_grad(/*level=*/0).defined(); }
 
@@ -94,16 +125,31 @@ bool is_transformed(const Tensor& t) {
   return t.key_set().has_any(kBatched) || has_tangent(t);
 }
 
+// A float64 grad_loss is rounded first, as scale_ does: it would widen the product.
+Tensor factor_for(const Tensor& stored, const Tensor& grad_loss) {
+  return grad_loss.scalar_type() == at::kDouble ? grad_loss.to(at_least_float(stored.scalar_type()))
+                                                : grad_loss;
+}
+
 // stored * grad_loss, in place if nobody else holds it; compiled autograd does.
-Tensor scaled(Tensor stored, const Tensor& grad_loss) {
+Tensor scaled(Tensor stored, const Tensor& grad_loss, bool zero_stays) {
   const bool shared = stored.use_count() > 1;
   // A trace or a shard: in torch's own words, which compilers fuse and DTensor knows.
   if (stored.key_set().has_any(c10::python_ks))
-    return shared ? (stored * grad_loss).to(stored.scalar_type()) : stored.mul_(grad_loss);
+    return shared || zero_stays ? scaled_by_torch(stored, grad_loss, zero_stays)
+                                : stored.mul_(factor_for(stored, grad_loss));
   if (shared) stored = stored.clone();
   static const auto scale = op<ScaleSignature>("fused_bce::scale_");
-  scale.call(stored, grad_loss);
+  scale.call(stored, grad_loss, zero_stays);
   return stored;
+}
+
+// Whether the gradient is computed in the forward pass and kept for backward. Not in float16, where
+// it would underflow before the loss scale arrives in backward; nor under saved-tensor hooks, which
+// do not see it: whoever drops or moves what is saved (checkpoint, save_on_cpu) wants it nowhere.
+bool stores_grad(const Tensor& logits, bool recompute) {
+  return logits.requires_grad() && logits.scalar_type() != at::kHalf && !recompute &&
+         !at::SavedTensorDefaultHooks::get_hooks();
 }
 
 constexpr const char* kGradLogits = "grad_logits";
@@ -111,30 +157,25 @@ constexpr const char* kGradLogits = "grad_logits";
 struct BCEWithLogitsFunction : torch::autograd::Function<BCEWithLogitsFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target,
                         const OptionalTensor& weight, const OptionalTensor& pos_weight,
-                        int64_t reduction, OptionalDtype dtype, double label_smoothing,
-                        OptionalIndex ignore_index, OptionalTensor divisor) {
+                        int64_t reduction, OptionalDtype dtype,
+                        const OptionalTensor& label_smoothing, OptionalIndex ignore_index,
+                        bool ignore_nan, OptionalTensor divisor, bool recompute) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    // Counted once, for backward too.
-    if (ignore_index && reduction == at::Reduction::Mean && !divisor) {
-      static const auto count_kept = op<CountSignature>("fused_bce::count_kept");
-      divisor = count_kept.call(target, *ignore_index);
-    }
+    divisor = divisor_for(target, reduction, ignore_index, ignore_nan, divisor);
     // Unpacked in every backward, so that in-place edits are noticed.
     ctx->save_for_backward({logits, target, weight.value_or(Tensor()),
-                            pos_weight.value_or(Tensor()), divisor.value_or(Tensor())});
+                            pos_weight.value_or(Tensor()), label_smoothing.value_or(Tensor()),
+                            divisor.value_or(Tensor())});
     ctx->saved_data["reduction"] = reduction;
-    ctx->saved_data["label_smoothing"] = label_smoothing;
     ctx->saved_data["ignore_index"] = ignore_index;
-
-    // A float16 gradient would underflow before the loss scale arrives in backward: it is computed
-    // there.
-    if (!logits.requires_grad() || logits.scalar_type() == at::kHalf)
+    ctx->saved_data["ignore_nan"] = ignore_nan;
+    if (!stores_grad(logits, recompute))
       return call_loss(logits, target, weight, pos_weight, reduction, dtype, label_smoothing,
-                       ignore_index, divisor);
+                       ignore_index, ignore_nan, divisor, recompute);
 
     static const auto with_grad = op<LossAndGradSignature>("fused_bce::forward_with_grad");
     auto [loss, grad_logits] = with_grad.call(logits, target, weight, pos_weight, reduction, dtype,
-                                              label_smoothing, ignore_index, divisor);
+                                              label_smoothing, ignore_index, ignore_nan, divisor);
     ctx->saved_data[kGradLogits] = std::move(grad_logits);
     return loss;
   }
@@ -142,18 +183,20 @@ struct BCEWithLogitsFunction : torch::autograd::Function<BCEWithLogitsFunction> 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_losses) {
     const Tensor& grad_loss = grad_losses[0];
     const variable_list saved_tensors = ctx->get_saved_variables();
-    const auto optional = [](const Tensor& t) {
+    const auto optional = [&](size_t i) {
+      const Tensor& t = saved_tensors[i];
       return t.defined() ? OptionalTensor(t) : std::nullopt;
     };
     const Saved saved{saved_tensors[0],
                       saved_tensors[1],
-                      optional(saved_tensors[2]),
-                      optional(saved_tensors[3]),
-                      optional(saved_tensors[4]),
+                      optional(2),
+                      optional(3),
+                      optional(4),
+                      optional(5),
                       ctx->saved_data["reduction"].toInt(),
-                      ctx->saved_data["label_smoothing"].toDouble(),
-                      ctx->saved_data["ignore_index"].toOptional<int64_t>()};
-    variable_list grads(9);
+                      ctx->saved_data["ignore_index"].toOptional<int64_t>(),
+                      ctx->saved_data["ignore_nan"].toBool()};
+    variable_list grads(11);
     if (ctx->needs_input_grad(1)) grads[1] = saved.grad_target(grad_loss);
     if (!ctx->needs_input_grad(0)) return grads;
 
@@ -169,12 +212,12 @@ struct BCEWithLogitsFunction : torch::autograd::Function<BCEWithLogitsFunction> 
         std::any_of(saved_tensors.begin(), saved_tensors.end(), has_tangent)) {
       grads[0] = saved.differentiable_grad_logits(grad_loss);
     } else if (stored.defined()) {
-      grads[0] = scaled(std::move(stored), grad_loss);
+      grads[0] = scaled(std::move(stored), grad_loss, saved.ignores());
     } else {
       static const auto recompute = op<GradSignature>("fused_bce::backward");
-      grads[0] =
-          recompute.call(grad_loss, saved.logits, saved.target, saved.weight, saved.pos_weight,
-                         saved.reduction, saved.label_smoothing, saved.ignore_index, saved.divisor);
+      grads[0] = recompute.call(grad_loss, saved.logits, saved.target, saved.weight,
+                                saved.pos_weight, saved.reduction, saved.label_smoothing,
+                                saved.ignore_index, saved.ignore_nan, saved.divisor);
     }
     return grads;
   }
@@ -189,20 +232,23 @@ void check_not_differentiated(const char* name, const OptionalTensor& t) {
 
 Tensor autograd(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                 const OptionalTensor& pos_weight, int64_t reduction, OptionalDtype dtype,
-                double label_smoothing, OptionalIndex ignore_index, const OptionalTensor& divisor) {
+                const OptionalTensor& label_smoothing, OptionalIndex ignore_index, bool ignore_nan,
+                const OptionalTensor& divisor, bool recompute) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       !has_tangent(logits) && !has_tangent(target),
       "fused_bce has no forward-mode derivative; fused_bce.functional leaves it to torch");
   if (at::GradMode::is_enabled()) {
     check_not_differentiated("weight", weight);
     check_not_differentiated("pos_weight", pos_weight);
+    check_not_differentiated("label_smoothing", label_smoothing);
     if (logits.requires_grad() || target.requires_grad())
       return BCEWithLogitsFunction::apply(logits, target, weight, pos_weight, reduction, dtype,
-                                          label_smoothing, ignore_index, divisor);
+                                          label_smoothing, ignore_index, ignore_nan, divisor,
+                                          recompute);
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   return call_loss(logits, target, weight, pos_weight, reduction, dtype, label_smoothing,
-                   ignore_index, divisor);
+                   ignore_index, ignore_nan, divisor, recompute);
 }
 
 // Autocast runs this loss in float32. The kernel widens as it reads, so that only the dtype of the
@@ -210,17 +256,23 @@ Tensor autograd(const Tensor& logits, const Tensor& target, const OptionalTensor
 template <c10::DeviceType device>
 Tensor autocast(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                 const OptionalTensor& pos_weight, int64_t reduction, OptionalDtype,
-                double label_smoothing, OptionalIndex ignore_index, const OptionalTensor& divisor) {
+                const OptionalTensor& label_smoothing, OptionalIndex ignore_index, bool ignore_nan,
+                const OptionalTensor& divisor, bool recompute) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(device));
   const Tensor& decides =
       at::isIntegralType(target.scalar_type(), /*includeBool=*/true) ? logits : target;
-  const auto dtype = decides.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const OptionalDtype dtype = at_least_float(decides.scalar_type());
   return call_loss(logits, target, weight, pos_weight, reduction, dtype, label_smoothing,
-                   ignore_index, divisor);
+                   ignore_index, ignore_nan, divisor, recompute);
 }
 
 }  // namespace
+
+Tensor scaled_by_torch(const Tensor& stored, const Tensor& grad_loss, bool zero_stays) {
+  const Tensor scaled = (stored * factor_for(stored, grad_loss)).to(stored.scalar_type());
+  return zero_stays ? at::where(stored == 0, stored, scaled) : scaled;
+}
 
 void register_autograd() {
   static torch::Library library(torch::Library::IMPL, "fused_bce", std::nullopt, __FILE__,
@@ -229,6 +281,8 @@ void register_autograd() {
   library.impl(kName, c10::DispatchKey::Autograd, &autograd);
   library.impl(kName, c10::DispatchKey::AutocastCPU, &autocast<c10::kCPU>);
   library.impl(kName, c10::DispatchKey::AutocastCUDA, &autocast<c10::kCUDA>);
+  library.impl("differentiable_backward", c10::DispatchKey::CompositeImplicitAutograd,
+               &differentiable_backward);
 }
 
 }  // namespace fused_bce

@@ -125,7 +125,9 @@ FUSED_BCE_INLINE LossAndGrad<Real> bce_with_logits(Real x, Real t, Real pos_weig
   const Real zero(0), one(1);
   const Real a = abs(x);
   const Real e = exp_minus(a);
-  const Real c = quotient(e, one + e);
+  // With pos_weight a factor, and its rounding, more: from e - e c, hardly any error of c is left.
+  const Real sigmoid = quotient(e, one + e);
+  const Real c = kHasPosWeight ? e - e * sigmoid : sigmoid;
   const Real sp = Precision<typename Real::Scalar>::log1p(e);
 
   const Real u = one - t;

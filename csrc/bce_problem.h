@@ -38,6 +38,14 @@ struct Broadcast {
 
 enum class Reduction : uint8_t { kNone, kMean, kSum };
 
+// The targets that have neither loss nor gradient.
+struct Ignored {
+  double index = std::numeric_limits<double>::quiet_NaN();  // nan, which equals nothing: none
+  bool nan = false;                                         // those that are nan
+
+  bool any() const { return index == index || nan; }
+};
+
 // The arithmetic is done in double if logits or target are float64, else in float.
 struct Problem {
   int64_t numel = 0;
@@ -47,11 +55,12 @@ struct Problem {
   Broadcast pos_weight;
   Reduction reduction = Reduction::kMean;
 
-  // Targets of this value have neither loss nor gradient; nan, which equals nothing, for none.
-  double ignore_index = std::numeric_limits<double>::quiet_NaN();
-  // What label smoothing makes of the others: target * target_scale + target_shift.
+  Ignored ignored;
+  // What label smoothing makes of the others: target * target_scale + target_shift. Or, if not
+  // null, the smoothing in the memory of the GPU.
   double target_scale = 1.0;
   double target_shift = 0.0;
+  const double* label_smoothing_on_gpu = nullptr;
 
   // Outputs; null where not wanted.
   void* loss = nullptr;  // [numel] for none, else one number
@@ -62,12 +71,30 @@ struct Problem {
   // nothing was counted, and the sum is 0. Else 1.
   double divisor = 1.0;
   const double* divisor_on_gpu = nullptr;
-  // In backward: one number, or one for each element.
+  // In backward: one number, or one for each element. What it does to float16 is part of the
+  // arithmetic; every other gradient is rounded first, as one is that was stored in forward, and
+  // scaled then: see Scaling.
   Broadcast grad_loss;
 };
 
 inline bool has_extras(const Problem& p) {
-  return p.ignore_index == p.ignore_index || p.target_scale != 1;
+  return p.ignored.any() || p.target_scale != 1 || p.label_smoothing_on_gpu;
+}
+
+// float16 may underflow before grad_loss arrives.
+inline bool folds_grad_loss(const Problem& p) { return p.logits.dtype == DType::kFloat16; }
+
+// grad_logits *= grad_loss, in float, or in double if grad_logits are.
+struct Scaling {
+  void* grad_logits = nullptr;
+  DType dtype = DType::kFloat32;
+  Broadcast grad_loss;
+  // Of what is ignored the gradient is 0 even if grad_loss is nan or infinite.
+  bool zero_stays = false;
+};
+
+inline Scaling scaling_of(const Problem& p) {
+  return {p.grad_logits, p.logits.dtype, p.grad_loss, p.ignored.any()};
 }
 
 inline bool computes_in_double(const Problem& p) {
@@ -91,19 +118,19 @@ inline Pass pass_of(const Problem& p) {
 
 // Bit-identical results for any number of threads.
 void launch_cpu(const Problem& problem);
-// How many elements do not equal ignore_index, a number that their dtype holds exactly.
-double count_kept_cpu(const Dense& target, int64_t numel, int64_t ignore_index);
+void scale_cpu(const Scaling& scaling, int64_t numel);
+// How many targets are not ignored; their dtype holds the index exactly.
+double count_kept_cpu(const Dense& target, int64_t numel, const Ignored& ignored);
 
 // On the current device, in the given stream (a cudaStream_t), without waiting for it. The results
 // are bit-identical for any number of blocks. With a float64 target the logits are float64, too.
 int64_t cuda_workspace_bytes(const Problem& problem);
 void launch_cuda(const Problem& problem, void* workspace, void* stream);
-// *count += how many elements do not equal ignore_index.
-void launch_cuda_count_kept(const Dense& target, int64_t numel, int64_t ignore_index, double* count,
-                            void* stream);
-// grad_logits *= grad_loss, one number in the memory of the device.
-void launch_cuda_scale(void* grad_logits, DType dtype, int64_t numel, const void* grad_loss,
-                       DType grad_loss_dtype, void* stream);
+// *count += how many targets are not ignored.
+void launch_cuda_count_kept(const Dense& target, int64_t numel, const Ignored& ignored,
+                            double* count, void* stream);
+// grad_logits are aligned to 16 bytes.
+void launch_cuda_scale(const Scaling& scaling, int64_t numel, void* stream);
 // Whether this build has code that the current device can run.
 bool cuda_covers_current_device();
 // For tests: no more blocks than this in a launch.

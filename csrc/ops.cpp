@@ -183,40 +183,47 @@ Broadcast broadcast_along(const char* name, Tensor& t, const Tensor& anchor, boo
 }
 
 // Compared in float32, which holds all integers up to there.
-void check_ignore_index(int64_t ignore_index) {
+Ignored ignored_of(OptionalIndex ignore_index, bool ignore_nan) {
   constexpr int64_t kMost = int64_t{1} << 24;
-  TORCH_CHECK_VALUE(-kMost < ignore_index && ignore_index < kMost,
-                    "ignore_index must lie between -2**24 and 2**24, not ", ignore_index);
+  Ignored ignored;
+  ignored.nan = ignore_nan;
+  if (ignore_index) {
+    TORCH_CHECK_VALUE(-kMost < *ignore_index && *ignore_index < kMost,
+                      "ignore_index must lie between -2**24 and 2**24, not ", *ignore_index);
+    ignored.index = static_cast<double>(*ignore_index);
+  }
+  return ignored;
 }
 
-Tensor count_kept(const Tensor& target, int64_t ignore_index) {
-  check_ignore_index(ignore_index);
+Tensor count_kept(const Tensor& target, OptionalIndex ignore_index, bool ignore_nan) {
+  const Ignored ignored = ignored_of(ignore_index, ignore_nan);
   const c10::DeviceGuard device(target.device());
   const Tensor dense = anchor_of(target);
   const Dense operand{dense.const_data_ptr(), target_dtype_of(dense.scalar_type())};
   Tensor count = at::zeros({}, target.options().dtype(at::kDouble));
 #if defined(FUSED_BCE_CUDA)
   if (target.is_cuda()) {
-    launch_cuda_count_kept(operand, dense.numel(), ignore_index, count.mutable_data_ptr<double>(),
+    launch_cuda_count_kept(operand, dense.numel(), ignored, count.mutable_data_ptr<double>(),
                            c10::cuda::getCurrentCUDAStream());
     return count;
   }
 #endif
-  *count.mutable_data_ptr<double>() = count_kept_cpu(operand, dense.numel(), ignore_index);
+  *count.mutable_data_ptr<double>() = count_kept_cpu(operand, dense.numel(), ignored);
   return count;
 }
 
 // What a call may have beyond torch's own.
 struct Extras {
-  double label_smoothing;
+  const OptionalTensor& label_smoothing;
   OptionalIndex ignore_index;
+  bool ignore_nan;
   const OptionalTensor& divisor;
 };
 
 // A call with everything that its pointers refer to.
 struct Call {
   c10::DeviceGuard device;
-  Tensor anchor, logits, target, weight, pos_weight, grad_loss, divisor;
+  Tensor anchor, logits, target, weight, pos_weight, grad_loss, label_smoothing, divisor;
   Problem problem;
 
   Call(const Tensor& anchor_, const Tensor& logits_, const Tensor& target_,
@@ -251,34 +258,41 @@ struct Call {
   }
 
   void set_extras(const Extras& extras) {
-    TORCH_CHECK_VALUE(0 <= extras.label_smoothing && extras.label_smoothing < 1,
-                      "label_smoothing must lie in [0, 1), not be ", extras.label_smoothing);
-    problem.target_scale = 1 - extras.label_smoothing;
-    problem.target_shift = extras.label_smoothing / 2;
-    if (extras.ignore_index) {
-      check_ignore_index(*extras.ignore_index);
-      problem.ignore_index = static_cast<double>(*extras.ignore_index);
-    }
+    problem.ignored = ignored_of(extras.ignore_index, extras.ignore_nan);
+    if (extras.label_smoothing) set_label_smoothing(*extras.label_smoothing);
     if (problem.reduction != Reduction::kMean) return;
-    if (extras.ignore_index && !extras.divisor)
-      set_divisor(count_kept(target, *extras.ignore_index));
-    else
-      set_divisor(extras.divisor);
+    problem.divisor = static_cast<double>(problem.numel);
+    if (extras.divisor)
+      set_divisor(*extras.divisor);
+    else if (problem.ignored.any())
+      set_divisor(count_kept(target, extras.ignore_index, extras.ignore_nan));
   }
 
-  void set_divisor(const OptionalTensor& given) {
-    problem.divisor = static_cast<double>(problem.numel);
-    if (!given) return;
-    TORCH_CHECK(given->dim() == 0, "divisor has shape ", given->sizes(), ", but must be a number");
-    if (given->is_cpu()) {
-      const double value = given->item<double>();
-      problem.divisor = value == 0 ? 1 : value;
-    } else {
-      TORCH_CHECK(given->device() == anchor.device(), "logits are on ", anchor.device(),
-                  " but divisor is on ", given->device());
-      divisor = given->to(at::kDouble);
-      problem.divisor_on_gpu = divisor.const_data_ptr<double>();
-    }
+  void set_label_smoothing(const Tensor& given) {
+    problem.label_smoothing_on_gpu = number_on_gpu("label_smoothing", given, label_smoothing);
+    if (problem.label_smoothing_on_gpu) return;
+    const double value = given.item<double>();
+    TORCH_CHECK_VALUE(0 <= value && value < 1, "label_smoothing must lie in [0, 1), not be ",
+                      value);
+    problem.target_scale = 1 - value;
+    problem.target_shift = value / 2;
+  }
+
+  void set_divisor(const Tensor& given) {
+    problem.divisor_on_gpu = number_on_gpu("divisor", given, divisor);
+    if (problem.divisor_on_gpu) return;
+    const double value = given.item<double>();
+    problem.divisor = value == 0 ? 1 : value;
+  }
+
+  // Where the GPU finds a number, which `kept` keeps alive; null if it is one that the host reads.
+  const double* number_on_gpu(const char* name, const Tensor& given, Tensor& kept) const {
+    TORCH_CHECK(given.dim() == 0, name, " has shape ", given.sizes(), ", but must be a number");
+    if (given.is_cpu()) return nullptr;
+    TORCH_CHECK(given.device() == anchor.device(), "logits are on ", anchor.device(), " but ", name,
+                " is on ", given.device());
+    kept = given.to(at::kDouble);
+    return kept.const_data_ptr<double>();
   }
 
   Tensor new_loss(at::ScalarType dtype) {
@@ -288,6 +302,13 @@ struct Call {
     problem.loss = loss.mutable_data_ptr();
     problem.loss_dtype = dtype_of("loss", dtype);
     return loss;
+  }
+
+  void set_grad_loss(const Tensor& given) {
+    grad_loss = given;
+    const bool in_double = folds_grad_loss(problem) ? computes_in_double(problem)
+                                                    : problem.logits.dtype == DType::kFloat64;
+    problem.grad_loss = broadcast_along("grad_loss", grad_loss, anchor, in_double);
   }
 
   Tensor new_grad_logits() {
@@ -317,69 +338,82 @@ at::ScalarType dtype_of_loss(const Tensor& logits, const Tensor& target) {
   return is_integer(target.scalar_type()) ? logits.scalar_type() : target.scalar_type();
 }
 
-Tensor forward(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-               const OptionalTensor& pos_weight, int64_t reduction, OptionalDtype dtype,
-               double label_smoothing, OptionalIndex ignore_index, const OptionalTensor& divisor) {
+std::tuple<Tensor, Tensor> run_forward(const Tensor& logits, const Tensor& target,
+                                       const OptionalTensor& weight,
+                                       const OptionalTensor& pos_weight, int64_t reduction,
+                                       OptionalDtype dtype, const Extras& extras, bool with_grad) {
   check_operands(logits, target, weight, pos_weight);
   const Tensor& anchor = reduction == at::Reduction::None ? target : logits;
-  Call call(anchor, logits, target, weight, pos_weight, reduction,
-            {label_smoothing, ignore_index, divisor});
+  Call call(anchor, logits, target, weight, pos_weight, reduction, extras);
   Tensor loss = call.new_loss(dtype.value_or(dtype_of_loss(logits, target)));
+  const Tensor grad_logits = with_grad ? call.new_grad_logits() : Tensor();
   call.launch();
-  return loss;
+  return {std::move(loss), with_grad ? Call::finished(grad_logits, logits) : Tensor()};
+}
+
+Tensor forward(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+               const OptionalTensor& pos_weight, int64_t reduction, OptionalDtype dtype,
+               const OptionalTensor& label_smoothing, OptionalIndex ignore_index, bool ignore_nan,
+               const OptionalTensor& divisor, bool /*recompute*/) {
+  return std::get<0>(run_forward(logits, target, weight, pos_weight, reduction, dtype,
+                                 {label_smoothing, ignore_index, ignore_nan, divisor},
+                                 /*with_grad=*/false));
 }
 
 std::tuple<Tensor, Tensor> forward_with_grad(const Tensor& logits, const Tensor& target,
                                              const OptionalTensor& weight,
                                              const OptionalTensor& pos_weight, int64_t reduction,
-                                             OptionalDtype dtype, double label_smoothing,
-                                             OptionalIndex ignore_index,
+                                             OptionalDtype dtype,
+                                             const OptionalTensor& label_smoothing,
+                                             OptionalIndex ignore_index, bool ignore_nan,
                                              const OptionalTensor& divisor) {
-  check_operands(logits, target, weight, pos_weight);
-  const Tensor& anchor = reduction == at::Reduction::None ? target : logits;
-  Call call(anchor, logits, target, weight, pos_weight, reduction,
-            {label_smoothing, ignore_index, divisor});
-  Tensor loss = call.new_loss(dtype.value_or(dtype_of_loss(logits, target)));
-  const Tensor grad_logits = call.new_grad_logits();
-  call.launch();
-  return {std::move(loss), Call::finished(grad_logits, logits)};
+  return run_forward(logits, target, weight, pos_weight, reduction, dtype,
+                     {label_smoothing, ignore_index, ignore_nan, divisor}, /*with_grad=*/true);
+}
+
+void scale_(Tensor& grad_logits, const Tensor& grad_loss, bool zero_stays) {
+  const c10::DeviceGuard device(grad_logits.device());
+  const bool on_gpu = !grad_logits.is_cpu();
+  const bool aligned =
+      !on_gpu || reinterpret_cast<uintptr_t>(grad_logits.const_data_ptr()) % 16 == 0;
+  if (!aligned || !grad_logits.is_non_overlapping_and_dense()) {
+    grad_logits.copy_(scaled_by_torch(grad_logits, grad_loss, zero_stays));
+    return;
+  }
+  Scaling scaling;
+  scaling.grad_logits = grad_logits.mutable_data_ptr();
+  scaling.dtype = dtype_of("grad_logits", grad_logits.scalar_type());
+  Tensor kept = grad_loss;
+  scaling.grad_loss =
+      broadcast_along("grad_loss", kept, grad_logits, scaling.dtype == DType::kFloat64);
+  scaling.zero_stays = zero_stays;
+#if defined(FUSED_BCE_CUDA)
+  if (on_gpu)
+    return launch_cuda_scale(scaling, grad_logits.numel(), c10::cuda::getCurrentCUDAStream());
+#endif
+  scale_cpu(scaling, grad_logits.numel());
 }
 
 Tensor backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
                 const OptionalTensor& weight, const OptionalTensor& pos_weight, int64_t reduction,
-                double label_smoothing, OptionalIndex ignore_index, const OptionalTensor& divisor) {
+                const OptionalTensor& label_smoothing, OptionalIndex ignore_index, bool ignore_nan,
+                const OptionalTensor& divisor) {
   check_operands(logits, target, weight, pos_weight);
   const bool none = reduction == at::Reduction::None;
   TORCH_CHECK(none ? grad_loss.sizes() == logits.sizes() : grad_loss.numel() == 1,
               "grad_loss has shape ", grad_loss.sizes(), ", which is not that of the loss");
   Call call(logits, logits, target, weight, pos_weight, reduction,
-            {label_smoothing, ignore_index, divisor});
-  call.grad_loss = grad_loss;
-  call.problem.grad_loss =
-      broadcast_along("grad_loss", call.grad_loss, call.anchor, computes_in_double(call.problem));
+            {label_smoothing, ignore_index, ignore_nan, divisor});
+  // Where logits were widened their gradient is rounded to their dtype first, as one is that was
+  // stored in forward.
+  const bool widened = call.logits.scalar_type() != logits.scalar_type();
+  const bool scaled_last = widened && logits.scalar_type() != at::kHalf;
+  if (!scaled_last) call.set_grad_loss(grad_loss);
   const Tensor grad_logits = call.new_grad_logits();
   call.launch();
-  return Call::finished(grad_logits, logits);
-}
-
-void scale_(Tensor& grad_logits, const Tensor& grad_loss) {
-  if (grad_loss.dim() == 0 && grad_logits.is_cpu()) {
-    const double scale = grad_loss.item<double>();
-    if (scale != 1.0) grad_logits.mul_(scale);
-    return;
-  }
-#if defined(FUSED_BCE_CUDA)
-  const bool aligned = reinterpret_cast<uintptr_t>(grad_logits.const_data_ptr()) % 16 == 0;
-  if (grad_loss.dim() == 0 && grad_loss.device() == grad_logits.device() &&
-      grad_logits.is_non_overlapping_and_dense() && aligned) {
-    const c10::DeviceGuard device(grad_logits.device());
-    return launch_cuda_scale(
-        grad_logits.mutable_data_ptr(), dtype_of("grad_logits", grad_logits.scalar_type()),
-        grad_logits.numel(), grad_loss.const_data_ptr(),
-        dtype_of("grad_loss", grad_loss.scalar_type()), c10::cuda::getCurrentCUDAStream());
-  }
-#endif
-  grad_logits.mul_(grad_loss);
+  Tensor finished = Call::finished(grad_logits, logits);
+  if (scaled_last) scale_(finished, grad_loss, call.problem.ignored.any());
+  return finished;
 }
 
 constexpr c10::DispatchKey kBackends[] = {
@@ -397,18 +431,25 @@ void register_ops() {
       *new torch::Library(torch::Library::DEF, "fused_bce", std::nullopt, __FILE__, __LINE__);
   definitions.def(
       "binary_cross_entropy_with_logits(Tensor logits, Tensor target, Tensor? weight=None, "
-      "Tensor? pos_weight=None, int reduction=1, ScalarType? dtype=None, float label_smoothing=0, "
-      "int? ignore_index=None, Tensor? divisor=None) -> Tensor");
+      "Tensor? pos_weight=None, int reduction=1, ScalarType? dtype=None, "
+      "Tensor? label_smoothing=None, int? ignore_index=None, bool ignore_nan=False, "
+      "Tensor? divisor=None, bool recompute=False) -> Tensor");
   definitions.def(
       "forward_with_grad(Tensor logits, Tensor target, Tensor? weight, Tensor? pos_weight, "
-      "int reduction, ScalarType? dtype=None, float label_smoothing=0, int? ignore_index=None, "
-      "Tensor? divisor=None) -> (Tensor loss, Tensor grad_logits)");
+      "int reduction, ScalarType? dtype=None, Tensor? label_smoothing=None, "
+      "int? ignore_index=None, bool ignore_nan=False, Tensor? divisor=None) "
+      "-> (Tensor loss, Tensor grad_logits)");
   definitions.def(
       "backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, "
-      "Tensor? pos_weight, int reduction, float label_smoothing=0, int? ignore_index=None, "
-      "Tensor? divisor=None) -> Tensor");
-  definitions.def("count_kept(Tensor target, int ignore_index) -> Tensor");
-  definitions.def("scale_(Tensor(a!) grad_logits, Tensor grad_loss) -> ()");
+      "Tensor? pos_weight, int reduction, Tensor? label_smoothing=None, int? ignore_index=None, "
+      "bool ignore_nan=False, Tensor? divisor=None) -> Tensor");
+  // What backward is in torch's operations, hence differentiable.
+  definitions.def(
+      "differentiable_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, "
+      "Tensor? pos_weight, int reduction, Tensor? label_smoothing=None, int? ignore_index=None, "
+      "bool ignore_nan=False, Tensor? divisor=None) -> Tensor");
+  definitions.def("count_kept(Tensor target, int? ignore_index, bool ignore_nan=False) -> Tensor");
+  definitions.def("scale_(Tensor(a!) grad_logits, Tensor grad_loss, bool zero_stays=False) -> ()");
 
   for (const auto key : kBackends) {
     auto* const library =

@@ -15,23 +15,30 @@ using OptionalDtype = std::optional<at::ScalarType>;
 using OptionalIndex = std::optional<int64_t>;
 
 // logits, target, weight, pos_weight, reduction, dtype of the loss, label_smoothing, ignore_index,
-// divisor. The dtype is that of the target if absent, or of the logits if the target is of
-// integers. The divisor of mean is the number of targets other than ignore_index if absent.
+// ignore_nan, divisor, recompute. The dtype is that of the target if absent, or of the logits if
+// the target is of integers. label_smoothing is a number, in a tensor because a float would become
+// a constant of a compiled graph. The divisor of mean is the number of targets that are not ignored
+// if absent. recompute is for autograd: whether the gradient waits for backward.
 using LossSignature = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
-                                 const OptionalTensor&, int64_t, OptionalDtype, double,
-                                 OptionalIndex, const OptionalTensor&);
-// The same; returns the loss and the gradient of the logits for grad_loss = 1.
+                                 const OptionalTensor&, int64_t, OptionalDtype,
+                                 const OptionalTensor&, OptionalIndex, bool, const OptionalTensor&,
+                                 bool);
+// The same but for recompute; returns the loss and the gradient of the logits for grad_loss = 1.
 using LossAndGradSignature = std::tuple<at::Tensor, at::Tensor>(
     const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t,
-    OptionalDtype, double, OptionalIndex, const OptionalTensor&);
+    OptionalDtype, const OptionalTensor&, OptionalIndex, bool, const OptionalTensor&);
 // grad_loss, then the same but for the dtype; returns the gradient of the logits.
 using GradSignature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                 const OptionalTensor&, const OptionalTensor&, int64_t, double,
-                                 OptionalIndex, const OptionalTensor&);
-// target, ignore_index; returns how many elements are not that, a float64 number.
-using CountSignature = at::Tensor(const at::Tensor&, int64_t);
-// grad_logits *= grad_loss, one number or one for each element
-using ScaleSignature = void(at::Tensor&, const at::Tensor&);
+                                 const OptionalTensor&, const OptionalTensor&, int64_t,
+                                 const OptionalTensor&, OptionalIndex, bool, const OptionalTensor&);
+// target, ignore_index, ignore_nan; returns how many targets are not ignored, a float64 number.
+using CountSignature = at::Tensor(const at::Tensor&, OptionalIndex, bool);
+// grad_logits *= grad_loss, one number or one for each element; whether a 0 stays 0 whatever that
+// is.
+using ScaleSignature = void(at::Tensor&, const at::Tensor&, bool);
+
+// stored * grad_loss, rounded as by scale_, in torch's operations.
+at::Tensor scaled_by_torch(const at::Tensor& stored, const at::Tensor& grad_loss, bool zero_stays);
 
 void register_ops();
 void register_autograd();

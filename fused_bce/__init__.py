@@ -22,6 +22,7 @@ except ImportError as error:
 from fused_bce import functional
 from fused_bce.autograd import BCEWithLogitsFunction
 from fused_bce.dispatch import why_not_fused
+from fused_bce.lowering import decomposition_table
 from fused_bce.modules import BCEWithLogitsLoss
 from fused_bce.patching import convert, patch, unpatch
 
@@ -31,6 +32,7 @@ __all__ = [
     "BCEWithLogitsLoss",
     "build_info",
     "convert",
+    "decomposition_table",
     "functional",
     "patch",
     "unpatch",

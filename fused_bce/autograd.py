@@ -19,9 +19,12 @@ class BCEWithLogitsFunction(torch.autograd.Function):
         weight, pos_weight: None, or a tensor that broadcasts into that shape.
         reduction: 0 for none, 1 for mean, 2 for sum.
         dtype: of the loss; None for that of the target, or of the logits if that is of integers.
-        label_smoothing, ignore_index: as for the function above.
+        label_smoothing: as for the function above, a number in a tensor, or None.
+        ignore_index, ignore_nan: targets that are ignored: those of this integer or None, and
+            whether also those that are nan.
         divisor: what mean divides by, a number in a tensor; None for the number of elements that
             are not ignored.
+        recompute: as for the function above.
 
     Logits and target can be differentiated, twice. Raises RuntimeError if weight or pos_weight
     requires a gradient or does not broadcast, ValueError if the sizes of logits and target differ,

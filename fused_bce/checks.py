@@ -1,25 +1,48 @@
 """Errors for what this loss takes beyond torch's."""
 
+import contextlib
+import math
+import operator
 import sys
+from numbers import Real
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from fused_bce.reference import is_ignored
+from fused_bce.registrations import constant_in_graphs
 
 _MOST_IGNORED = 2**24  # float32 holds all integers up to there
 
 
 def check_label_smoothing(label_smoothing: float) -> None:
+    if isinstance(label_smoothing, Tensor):
+        raise TypeError("label_smoothing must be a number, not a tensor")
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing must lie in [0, 1), not be {label_smoothing}")
 
 
-def check_ignore_index(ignore_index: object, target: Tensor) -> None:
-    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
-        raise TypeError(f"ignore_index must be an int or None, not {ignore_index!r}")
-    if not -_MOST_IGNORED < ignore_index < _MOST_IGNORED:
-        raise ValueError(f"ignore_index must lie between -2**24 and 2**24, not be {ignore_index}")
-    if isinstance(target, Tensor) and not _holds(target.dtype, ignore_index):
-        raise ValueError(f"ignore_index {ignore_index} is no value that {target.dtype} can hold")
+def check_ignore_index(ignore_index: object, target: Tensor) -> int | float:
+    """The same as an int, or as a float if it is nan."""
+    if isinstance(ignore_index, Real) and ignore_index != ignore_index:
+        if isinstance(target, Tensor) and not target.is_floating_point():
+            raise ValueError(f"ignore_index nan is no value that {target.dtype} can hold")
+        return math.nan
+    index = _as_index(ignore_index)
+    if not -_MOST_IGNORED < index < _MOST_IGNORED:
+        raise ValueError(f"ignore_index must lie between -2**24 and 2**24, not be {index}")
+    if isinstance(target, Tensor) and not _holds(target.dtype, index):
+        raise ValueError(f"ignore_index {index} is no value that {target.dtype} can hold")
+    return index
+
+
+def _as_index(value: object) -> int:
+    if not isinstance(value, bool | Tensor):
+        with contextlib.suppress(TypeError):
+            return operator.index(value)  # type: ignore[arg-type]
+    raise TypeError(f"ignore_index must be an integer, nan or None, not {value!r}")
 
 
 def _holds(dtype: torch.dtype, value: int) -> bool:
@@ -32,25 +55,46 @@ def _holds(dtype: torch.dtype, value: int) -> bool:
     return torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max
 
 
-def check_targets(target: Tensor, ignore_index: int | None) -> None:
+def check_targets(target: Tensor, ignore_index: int | float | None) -> None:
     """Raises ValueError for the first target outside [0, 1], nan included. Waits for a GPU.
 
-    When compiled it raises RuntimeError, without the value, from an assertion in the graph.
+    When compiled or traced it raises RuntimeError, without the value, from an assertion in the
+    graph. Where a tensor has no numbers, and in a compiled vmap, for which torch has no assertion,
+    nothing is checked.
     """
     if torch.compiler.is_compiling():
-        valid = ~is_invalid(target, ignore_index).any()
-        torch._assert_async(valid, "a target lies outside [0, 1]")
+        if not _in_vmap():
+            torch._assert_async(_all_valid(target, ignore_index), _OUTSIDE)
         return
     target = _numbers_of(target)
+    if get_proxy_mode() is not None:
+        torch._assert_async(_all_valid(target, ignore_index), _OUTSIDE)
+        return
+    if target.is_meta or isinstance(target, FakeTensor):
+        return
     invalid = is_invalid(target, ignore_index)
     if invalid.any():
         place = invalid.nonzero()[0].tolist() or ""
         raise ValueError(f"target{place} is {target[invalid][0].item()}, outside [0, 1]")
 
 
-def is_invalid(target: Tensor, ignore_index: int | None) -> Tensor:
+@constant_in_graphs
+def _in_vmap() -> bool:
+    functorch = torch._C._functorch
+    stack = functorch.get_interpreter_stack() or ()
+    return any(level.key() == functorch.TransformType.Vmap for level in stack)
+
+
+_OUTSIDE = "a target lies outside [0, 1]"
+
+
+def _all_valid(target: Tensor, ignore_index: int | float | None) -> Tensor:
+    return ~is_invalid(target, ignore_index).any()
+
+
+def is_invalid(target: Tensor, ignore_index: int | float | None) -> Tensor:
     invalid = ~((target >= 0) & (target <= 1))
-    return invalid if ignore_index is None else invalid & (target != ignore_index)
+    return invalid if ignore_index is None else invalid & ~is_ignored(target, ignore_index)
 
 
 def _numbers_of(target: Tensor) -> Tensor:

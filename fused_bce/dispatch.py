@@ -181,12 +181,22 @@ def has_integers(target: Any) -> bool:
 
 
 def are_shards(*tensors: Tensor | None) -> bool:
-    """Whether all of them are DTensors, whose shards the kernels compute on."""
+    """Whether these are DTensors, whose shards the kernels compute on. Where DTensor takes other
+    tensors for replicated ones, one of them is enough."""
     module = sys.modules.get("torch.distributed.tensor")
-    if module is None or not all(t is None or isinstance(t, module.DTensor) for t in tensors):
+    if module is None:
+        return False
+    of_dtensors = [isinstance(t, module.DTensor) for t in tensors if t is not None]
+    if not (any(of_dtensors) if _replicates_implicitly() else all(of_dtensors)):
         return False
     ensure_sharding()
     return True
+
+
+@constant_in_graphs
+def _replicates_implicitly() -> bool:
+    dispatcher = sys.modules["torch.distributed.tensor"].DTensor._op_dispatcher
+    return dispatcher._allow_implicit_replication
 
 
 @functools.cache

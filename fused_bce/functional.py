@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn import _reduction
 from torch.nn.functional import binary_cross_entropy_with_logits as torch_bce
 from torch.overrides import handle_torch_function, has_torch_function_variadic
@@ -14,7 +15,8 @@ from fused_bce.checks import (
     is_invalid,
 )
 from fused_bce.dispatch import are_shards, has_integers, log_once, why_not_fused
-from fused_bce.registrations import add_up
+from fused_bce.registrations import whole
+from fused_bce.scalars import may_differ_from_zero, scalar_operand
 
 _MEAN = _reduction.get_enum("mean")
 _UNSHARDED = (Tensor, torch.nn.Parameter)
@@ -34,8 +36,9 @@ def binary_cross_entropy_with_logits(
     pos_weight: Tensor | None = None,
     *,
     label_smoothing: float = 0.0,
-    ignore_index: int | None = None,
+    ignore_index: int | float | None = None,
     validate_targets: bool = False,
+    recompute: bool = False,
 ) -> Tensor:
     """Binary cross entropy between logits and targets: a drop-in for
     :func:`torch.nn.functional.binary_cross_entropy_with_logits`, computed with its gradient in one
@@ -51,10 +54,14 @@ def binary_cross_entropy_with_logits(
         pos_weight: weight of positive targets; broadcasts into the shape of the logits.
         label_smoothing: in [0, 1); targets t become t (1 - label_smoothing) + label_smoothing / 2.
         ignore_index: elements with this target have neither loss nor gradient, whatever the logit
-            is, and ``"mean"`` does not count them; where none is left it is 0. Between -2**24 and
-            2**24, and a number that the dtype of the targets holds exactly.
+            and the gradient of the loss are, and ``"mean"`` does not count them; where none is left
+            it is 0. An integer between -2**24 and 2**24 that the dtype of the targets holds
+            exactly, or ``math.nan``.
         validate_targets: raises for targets outside [0, 1]. Reads them once more, and on a GPU
             waits for it.
+        recompute: computes the gradient in backward, not in forward: no memory of its size is held
+            in between, at the price of reading the operands once more. The gradient has the same
+            bits.
 
     Returns:
         One number, or the shape of the logits for ``"none"``; in the dtype of the target, or of the
@@ -85,6 +92,7 @@ def binary_cross_entropy_with_logits(
         label_smoothing,
         ignore_index,
         validate_targets,
+        recompute,
     )
 
 
@@ -97,13 +105,12 @@ def drop_in(
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
-    ignore_index: int | None = None,
+    ignore_index: int | float | None = None,
     validate_targets: bool = False,
+    recompute: bool = False,
 ) -> Tensor:
     """The same without keyword-only arguments, which cannot be scripted."""
     if not torch.jit.is_scripting():
-        if validate_targets:
-            check_targets(target, ignore_index)
         return _fused_or_torch(
             input,
             target,
@@ -114,6 +121,8 @@ def drop_in(
             pos_weight,
             label_smoothing,
             ignore_index,
+            validate_targets,
+            recompute,
         )
     if validate_targets and bool(is_invalid(target, ignore_index).any()):
         raise ValueError("a target lies outside [0, 1]")
@@ -123,6 +132,10 @@ def drop_in(
     return reference.binary_cross_entropy_with_logits(
         input, target, weight, pos_weight, reduction, label_smoothing, ignore_index
     )
+
+
+# What torch.jit.script compiles in its place.
+binary_cross_entropy_with_logits.__prepare_scriptable__ = lambda: drop_in  # type: ignore[attr-defined]
 
 
 def _fused_or_torch(
@@ -135,17 +148,43 @@ def _fused_or_torch(
     pos_weight,
     label_smoothing,
     ignore_index,
+    validate_targets,
+    recompute,
 ):
-    if label_smoothing != 0:
-        check_label_smoothing(label_smoothing)
-    if ignore_index is not None:
-        check_ignore_index(ignore_index, target)
-    legacy = size_average is not None or reduce is not None
     reason = why_not_fused(input, target, weight, pos_weight)
-    if reason is None and not (legacy and torch.compiler.is_compiling()):
+    if reason is not None and (isinstance(input, Proxy) or isinstance(target, Proxy)):
+        return handle_torch_function(
+            binary_cross_entropy_with_logits,
+            (input, target, weight, pos_weight),
+            input,
+            target,
+            weight=weight,
+            size_average=size_average,
+            reduce=reduce,
+            reduction=reduction,
+            pos_weight=pos_weight,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            validate_targets=validate_targets,
+            recompute=recompute,
+        )
+    if ignore_index is not None:
+        ignore_index = check_ignore_index(ignore_index, target)
+    if validate_targets:
+        check_targets(target, ignore_index)
+    compiling = torch.compiler.is_compiling()
+    smooths = may_differ_from_zero(label_smoothing) if compiling else label_smoothing != 0
+    if smooths:
+        check_label_smoothing(label_smoothing)
+    legacy = size_average is not None or reduce is not None
+    if reason is None and not (legacy and compiling):
         if legacy:
             reduction = _reduction.legacy_get_string(size_average, reduce)
         reduction_enum = _reduction.get_enum(reduction)
+        divisor = _divisor(input, target, weight, pos_weight, reduction_enum, ignore_index)
+        if not smooths and ignore_index is None and divisor is None and not recompute:
+            # What a call leaves out need not be parsed.
+            return _loss(input, target, weight, pos_weight, reduction_enum)
         return _loss(
             input,
             target,
@@ -153,13 +192,14 @@ def _fused_or_torch(
             pos_weight,
             reduction_enum,
             None,
-            label_smoothing,
-            ignore_index,
-            _divisor(input, target, reduction_enum, ignore_index),
+            scalar_operand(label_smoothing, input) if smooths else None,
+            *_index_or_nan(ignore_index),
+            divisor,
+            recompute,
         )
-    if not torch.compiler.is_compiling():
+    if not compiling:
         log_once(reason)
-    if label_smoothing == 0 and ignore_index is None and not has_integers(target):
+    if not smooths and ignore_index is None and not has_integers(target):
         return _torch(input, target, weight, size_average, reduce, reduction, pos_weight)
     if legacy:
         reduction = _reduction.legacy_get_string(size_average, reduce)
@@ -168,15 +208,22 @@ def _fused_or_torch(
     )
 
 
-def _divisor(input, target, reduction_enum, ignore_index):
+def _index_or_nan(ignore_index):
+    """As the operators take it: an integer or None, and whether it is nan."""
+    return (None, True) if isinstance(ignore_index, float) else (ignore_index, False)
+
+
+def _divisor(input, target, weight, pos_weight, reduction_enum, ignore_index):
     """What mean divides by where that is not the number of elements at hand, as for a shard."""
-    if type(input) in _UNSHARDED or reduction_enum != _MEAN or not are_shards(input):
+    if type(input) in _UNSHARDED and type(target) in _UNSHARDED and weight is pos_weight is None:
+        return None
+    if reduction_enum != _MEAN or not are_shards(input, target, weight, pos_weight):
         return None
     if input.numel() == 0:
         return None
     if ignore_index is None:
         return torch.full((), input.numel(), dtype=torch.float64, device=input.device)
-    return add_up(_ops.count_kept(target.detach(), ignore_index))
+    return whole(_ops.count_kept(target.detach(), *_index_or_nan(ignore_index)))
 
 
 def _torch(input, target, weight, size_average, reduce, reduction, pos_weight):

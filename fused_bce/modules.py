@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from fused_bce.functional import drop_in
 
@@ -27,7 +28,7 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
         reduction: ``"mean"`` (over all elements, the default), ``"sum"`` or ``"none"``.
         pos_weight: weight of positive targets; broadcasts into the shape of the logits, for
             example ``(C,)`` for logits ``(N, C)`` and ``(C, 1, 1)`` for ``(N, C, H, W)``.
-        label_smoothing, ignore_index, validate_targets: see
+        label_smoothing, ignore_index, validate_targets, recompute: see
             :func:`fused_bce.functional.binary_cross_entropy_with_logits`.
 
     Shape:
@@ -44,12 +45,19 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
         tensor(0.2014)
     """
 
-    __constants__: ClassVar = ["ignore_index", "label_smoothing", "reduction", "validate_targets"]
+    __constants__: ClassVar = [
+        "ignore_index",
+        "label_smoothing",
+        "recompute",
+        "reduction",
+        "validate_targets",
+    ]
 
     # Of instances that this constructor has not made: converted, or pickled by an older version.
     label_smoothing: float = 0.0
-    ignore_index: int | None = None
+    ignore_index: int | float | None = None
     validate_targets: bool = False
+    recompute: bool = False
 
     def __init__(
         self,
@@ -60,16 +68,18 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
         pos_weight: Tensor | None = None,
         *,
         label_smoothing: float = 0.0,
-        ignore_index: int | None = None,
+        ignore_index: int | float | None = None,
         validate_targets: bool = False,
+        recompute: bool = False,
     ):
         super().__init__(weight, size_average, reduce, reduction, pos_weight)
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
         self.validate_targets = validate_targets
+        self.recompute = recompute
 
     def extra_repr(self) -> str:
-        names = ("label_smoothing", "ignore_index", "validate_targets")
+        names = ("label_smoothing", "ignore_index", "validate_targets", "recompute")
         given = {n: getattr(self, n) for n in names if getattr(self, n) != getattr(type(self), n)}
         return ", ".join(f"{name}={value}" for name, value in given.items())
 
@@ -77,6 +87,10 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
         if torch.jit.is_scripting():
             weight, pos_weight = self.weight, self.pos_weight
         else:
+            if isinstance(input, Proxy) and input.tracer.root is not self:
+                # A leaf for torch.fx, as torch's class is, which goes by the name of its module.
+                path = input.tracer.path_of_module(self)
+                return input.tracer.create_proxy("call_module", path, (input, target), {})
             weight, pos_weight = _buffer(self, "weight"), _buffer(self, "pos_weight")
         return drop_in(
             input,
@@ -89,6 +103,7 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
             self.label_smoothing,
             self.ignore_index,
             self.validate_targets,
+            self.recompute,
         )
 
 

@@ -1,5 +1,7 @@
 """The fused loss for code that nobody edits."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 
@@ -61,7 +63,7 @@ def _replace() -> None:
         F.binary_cross_entropy_with_logits = functional.drop_in
 
 
-def convert(model: torch.nn.Module) -> torch.nn.Module:
+def convert(model: torch.nn.Module, *, recompute: bool = False) -> torch.nn.Module:
     """Makes every :class:`torch.nn.BCEWithLogitsLoss` inside ``model``, or ``model`` itself, a
     :class:`fused_bce.BCEWithLogitsLoss`.
 
@@ -69,10 +71,16 @@ def convert(model: torch.nn.Module) -> torch.nn.Module:
     is referred to. Subclasses other than torch's own class are left alone, since they may compute
     something else.
 
+    Args:
+        model: any module.
+        recompute: of those losses, see
+            :func:`fused_bce.functional.binary_cross_entropy_with_logits`.
+
     Returns:
         ``model``.
     """
     for module in model.modules():
         if type(module) is _torch_class:
             module.__class__ = BCEWithLogitsLoss
+            cast(BCEWithLogitsLoss, module).recompute = recompute
     return model

@@ -14,17 +14,37 @@ def binary_cross_entropy_with_logits(
     pos_weight: Tensor | None,
     reduction: str,
     label_smoothing: float,
-    ignore_index: int | None,
+    ignore_index: int | float | None,
 ) -> Tensor:
     """As :func:`fused_bce.functional.binary_cross_entropy_with_logits`."""
-    ignored = None if ignore_index is None else target == ignore_index
-    if not target.is_floating_point():
-        target = target.to(_dtype_for_integers(input))
+    ignored = None if ignore_index is None else is_ignored(target, ignore_index)
+    target = with_floats(target, input)
     if label_smoothing != 0.0:
         target = target * (1 - label_smoothing) + label_smoothing / 2
     if ignored is None or target.size() != input.size():
         return torch_bce(input, target, weight, reduction=reduction, pos_weight=pos_weight)
+    losses = loss_of_kept(input, target, ignored, weight, pos_weight)
     reduction_number = _reduction.get_enum(reduction)
+    if reduction_number == 0:
+        return losses
+    total = sum_of(losses)
+    if reduction_number == 1:
+        total = total / (~ignored).sum().clamp(min=1)
+    return total.to(losses.dtype)
+
+
+def with_floats(target: Tensor, input: Tensor) -> Tensor:
+    return target if target.is_floating_point() else target.to(_dtype_for_integers(input))
+
+
+def loss_of_kept(
+    input: Tensor,
+    target: Tensor,
+    ignored: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+) -> Tensor:
+    """The loss of each element, 0 where it is ignored."""
     # Taken out of the operands as well, for 0 times the gradient at nan is nan.
     losses = torch_bce(
         input.masked_fill(ignored, 0.0),
@@ -32,18 +52,24 @@ def binary_cross_entropy_with_logits(
         weight,
         reduction="none",
         pos_weight=pos_weight,
-    ).masked_fill(ignored, 0.0)
-    if reduction_number == 0:
-        return losses
-    total = losses.sum(dtype=torch.float64 if losses.dtype == torch.float64 else torch.float32)
-    if reduction_number == 1:
-        total = total / (~ignored).sum().clamp(min=1)
-    return total.to(losses.dtype)
+    )
+    return losses.masked_fill(ignored, 0.0)
+
+
+def sum_of(losses: Tensor) -> Tensor:
+    return losses.sum(dtype=torch.float64 if losses.dtype == torch.float64 else torch.float32)
+
+
+def is_ignored(target: Tensor, ignore_index: int | float) -> Tensor:
+    return target.isnan() if isinstance(ignore_index, float) else target == ignore_index
 
 
 def _dtype_for_integers(input: Tensor) -> torch.dtype:
     """What targets of integers become: autocast would widen them after they were smoothed."""
     if not torch.jit.is_scripting():
-        widened = torch.is_autocast_enabled(input.device.type)
+        device_type = input.device.type
+        widened = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(
+            device_type
+        )
         return torch.promote_types(input.dtype, torch.float32) if widened else input.dtype
     return input.dtype

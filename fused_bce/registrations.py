@@ -2,16 +2,17 @@
 (csrc/autograd.cpp): the shapes that they return, for tracing, and how they are sharded."""
 
 import functools
-from typing import TYPE_CHECKING
 
 import torch
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 ops = torch.ops.fused_bce
 
 _NONE = 0  # torch.nn._reduction's number
+
+
+def dtype_of_loss(logits: Tensor, target: Tensor) -> torch.dtype:
+    return target.dtype if target.is_floating_point() else logits.dtype
 
 
 @torch.library.register_fake(ops.binary_cross_entropy_with_logits.default)
@@ -22,9 +23,8 @@ def _(
     pos_weight=None,
     reduction=1,
     dtype=None,
-    label_smoothing=0.0,
-    ignore_index=None,
-    divisor=None,
+    *_,
+    **__,
 ):
     if target.shape != logits.shape:
         raise ValueError(
@@ -35,7 +35,7 @@ def _(
         if operand is not None:
             operand.expand(logits.shape)
     if dtype is None:
-        dtype = target.dtype if target.is_floating_point() else logits.dtype
+        dtype = dtype_of_loss(logits, target)
     if reduction == _NONE:
         return torch.empty_like(target, dtype=dtype)
     return logits.new_empty((), dtype=dtype)
@@ -55,12 +55,12 @@ def _(grad_loss, logits, *_, **__):
 
 
 @torch.library.register_fake(ops.scale_.default)
-def _(grad_logits, grad_loss):
+def _(grad_logits, grad_loss, zero_stays=False):
     return None
 
 
 @torch.library.register_fake(ops.count_kept.default)
-def _(target, ignore_index):
+def _(target, ignore_index, ignore_nan=False):
     return target.new_empty((), dtype=torch.float64)
 
 
@@ -89,18 +89,20 @@ def _register_sharding() -> None:
         sharded = own >= 0 and weight.shape[own] == logits.shape[dim]
         return Shard(own) if sharded else Replicate()
 
-    def shardings(logits, weight, pos_weight, divisor, reduction):
-        """The placements of (loss or grad_loss, logits, weight, pos_weight, divisor): all
-        replicated, or logits and target sharded along one dimension."""
+    def shardings(logits, weight, pos_weight, label_smoothing, divisor, reduction):
+        """The placements of (loss or grad_loss, logits, weight, pos_weight, and the numbers
+        label_smoothing and divisor): all replicated, or logits and target sharded along one
+        dimension."""
         whole = Replicate()
-        yield whole, whole, weight and whole, pos_weight and whole, divisor and whole
+        numbers = label_smoothing and whole, divisor and whole
+        yield whole, whole, weight and whole, pos_weight and whole, *numbers
         for dim in range(logits.ndim):
             yield (
                 Shard(dim) if reduction == _NONE else Partial("sum"),
                 Shard(dim),
                 placements_of_weight(weight, logits, dim),
                 placements_of_weight(pos_weight, logits, dim),
-                divisor and whole,
+                *numbers,
             )
 
     def register_forward(op, outputs):
@@ -112,13 +114,17 @@ def _register_sharding() -> None:
             pos_weight=None,
             reduction=1,
             dtype=None,
-            label_smoothing=0.0,
+            label_smoothing=None,
             ignore_index=None,
+            ignore_nan=False,
             divisor=None,
+            recompute=False,
         ):
             return [
-                ([loss, x][:outputs], [x, x, w, p, None, None, None, None, d])
-                for loss, x, w, p, d in shardings(logits, weight, pos_weight, divisor, reduction)
+                ([loss, x][:outputs], [x, x, w, p, None, None, s, None, None, d, None])
+                for loss, x, w, p, s, d in shardings(
+                    logits, weight, pos_weight, label_smoothing, divisor, reduction
+                )
             ]
 
     register_forward(ops.binary_cross_entropy_with_logits.default, outputs=1)
@@ -132,25 +138,33 @@ def _register_sharding() -> None:
         weight,
         pos_weight,
         reduction,
-        label_smoothing=0.0,
+        label_smoothing=None,
         ignore_index=None,
+        ignore_nan=False,
         divisor=None,
     ):
         return [
-            ([x], [loss if reduction == _NONE else Replicate(), x, x, w, p, None, None, None, d])
-            for loss, x, w, p, d in shardings(logits, weight, pos_weight, divisor, reduction)
+            (
+                [x],
+                [loss if reduction == _NONE else Replicate(), x, x, w, p, None, s, None, None, d],
+            )
+            for loss, x, w, p, s, d in shardings(
+                logits, weight, pos_weight, label_smoothing, divisor, reduction
+            )
         ]
 
     @register_sharding(ops.count_kept.default)
-    def _(target, ignore_index):
+    def _(target, ignore_index, ignore_nan=False):
         return [
-            ([Replicate()], [Replicate(), None]),
-            *(([Partial("sum")], [Shard(dim), None]) for dim in range(target.ndim)),
+            ([Replicate()], [Replicate(), None, None]),
+            *(([Partial("sum")], [Shard(dim), None, None]) for dim in range(target.ndim)),
         ]
 
 
-def add_up(partial: "DTensor") -> "DTensor":
-    """The whole of a DTensor that is a partial sum in each process."""
-    from torch.distributed.tensor import Replicate
+def whole(number: Tensor) -> Tensor:
+    """With all parts added up, if each process has its own."""
+    from torch.distributed.tensor import DTensor, Replicate
 
-    return partial.redistribute(placements=[Replicate()] * partial.device_mesh.ndim)
+    if not isinstance(number, DTensor):
+        return number
+    return number.redistribute(placements=[Replicate()] * number.device_mesh.ndim)

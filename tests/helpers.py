@@ -1,6 +1,7 @@
 """What the tests share: torch's own function as the reference, inputs, and comparisons."""
 
 import itertools
+import math
 import warnings
 from typing import NamedTuple
 
@@ -58,13 +59,17 @@ class Result(NamedTuple):
     grad_target: Tensor | None
 
 
+def is_ignored(target, ignore_index) -> Tensor:
+    return target.isnan() if math.isnan(ignore_index) else target == ignore_index
+
+
 def by_torch(
     input, target, *, reduction="mean", label_smoothing=0.0, ignore_index=None, **weights
 ) -> Tensor:
     """torch's function, and around it, by hand, what it does not take."""
     ignored = torch.zeros_like(target, dtype=torch.bool)
     if ignore_index is not None:
-        ignored = target == ignore_index
+        ignored = is_ignored(target, ignore_index)
         input, target = input.masked_fill(ignored, 0), target.masked_fill(ignored, 0)
     if not target.is_floating_point():
         autocast = torch.is_autocast_enabled(input.device.type)

@@ -83,6 +83,22 @@ def test_gradgradcheck(target_grad, weights, reduction, device):
     )
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["stored", "recompute"])
+@pytest.mark.parametrize("weights", [(), ("weight", "pos_weight")], ids=["unweighted", "both"])
+@by_reduction
+def test_gradcheck_in_fast_mode(reduction, weights, recompute, device):
+    # It calls backward twice with a random grad_loss, and wants the same bits.
+    logits, target = problem(device)
+    weights = make_weights(weights, 4, device, DOUBLE)
+
+    def loss(logits):
+        return fused(logits, target, reduction=reduction, recompute=recompute, **weights)
+
+    for fast_mode in (False, True):
+        torch.autograd.gradcheck(loss, logits, fast_mode=fast_mode, nondet_tol=0)
+        torch.autograd.gradgradcheck(loss, logits, fast_mode=fast_mode, nondet_tol=0)
+
+
 @by_reduction
 def test_gradcheck_of_large_logits(reduction, device):
     # On both branches of the formula, away from the kink of |x| at 0.

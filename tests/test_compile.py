@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 
 import pytest
 import torch
@@ -261,8 +262,16 @@ EXTRAS = {
     "label_smoothing": (torch.uint8, {"label_smoothing": 0.1}),
     "ignore_index": (torch.uint8, {"ignore_index": 1}),
     "ignore_index of floats": (torch.float32, {"ignore_index": 0, "label_smoothing": 0.1}),
+    "ignore nan": (torch.float32, {"ignore_index": math.nan}),
+    "recompute": (torch.float32, {"recompute": True}),
 }
 by_extras = pytest.mark.parametrize(("target_dtype", "extras"), EXTRAS.values(), ids=EXTRAS)
+
+
+def some_ignored(target, extras):
+    if extras.get("ignore_index") is math.nan:
+        target[0] = math.nan
+    return target
 
 
 @by_reduction
@@ -271,22 +280,29 @@ def test_compiled_extras(target_dtype, extras, reduction, device):
     for dtype in (torch.float16, torch.float32):
         torch.compiler.reset()
         logits, target = draw((6, 4), device, dtype)
-        target = target.round().to(target_dtype)
+        target = some_ignored(target.round().to(target_dtype), extras)
         options = {"reduction": reduction, **extras}
         got = evaluate(compiled(fused), logits, target, **options)
         expected = evaluate(fused, logits, target, **options)
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
         number = REDUCTION_NUMBERS[reduction]
-        opcheck(LOSS, (logits.requires_grad_(), target, None, None, number), extras)
+        operands = dict(extras)
+        if "label_smoothing" in extras:
+            smoothing = torch.tensor(extras["label_smoothing"], dtype=torch.float64)
+            operands["label_smoothing"] = smoothing
+        if operands.get("ignore_index") is math.nan:
+            operands = {"ignore_nan": True}
+        opcheck(LOSS, (logits.requires_grad_(), target, None, None, number), operands)
     if "ignore_index" in extras:
         opcheck(OPS.count_kept.default, (target, 1))
+        opcheck(OPS.count_kept.default, (target, None, True))
 
 
 @by_extras
 def test_exported_extras(target_dtype, extras, device):
     loss = BCEWithLogitsLoss(**extras)
     logits, target = draw((6, 4), device)
-    target = target.round().to(target_dtype)
+    target = some_ignored(target.round().to(target_dtype), extras)
     exported = torch.export.export(loss, (logits, target))
     assert operators(exported.graph_module).count(LOSS) == 1
     torch.testing.assert_close(exported.module()(logits, target), loss(logits, target))

@@ -1,5 +1,7 @@
 """DTensor, DistributedDataParallel and FSDP2, in two and four processes on the CPU (gloo)."""
 
+import gc
+import itertools
 import math
 import time
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers import REDUCTIONS, evaluate, fused, is_fused, torch_bce
+from helpers import REDUCTIONS, by_torch, evaluate, fused, is_fused, torch_bce
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -19,6 +21,7 @@ from torch.distributed.tensor import (
     zeros,
 )
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.experimental import implicit_replication
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -46,6 +49,8 @@ def _process(rank, world_size, address, check):
     dist.init_process_group("gloo", address, rank=rank, world_size=world_size)
     torch.manual_seed(0)  # all processes draw the same
     check()
+    # Threads of a group in a reference cycle would outlive Python and end the process with an error.
+    gc.collect()
     dist.barrier()
     dist.destroy_process_group()
 
@@ -196,6 +201,34 @@ def check_mixed():
             function(logits, torch.rand(4, 4))
 
 
+def check_implicit_replication():
+    # What is not distributed counts as replicated: 7 rows are 4 and 3 in two processes, so that a
+    # mean of the shards' means would be wrong.
+    (mesh, *_) = meshes()
+    whole, sharded = draw_distributed(mesh, (Shard(0),), (7, 3))
+    plain = (whole[0].clone(), whole[1], whole[2])
+    for chosen in itertools.product((True, False), repeat=4):
+        if not any(chosen):
+            continue
+        logits, target, weight, pos_weight = (
+            (*a[:2], *a[2].values())[i]
+            for i, a in enumerate(sharded if s else plain for s in chosen)
+        )
+        logits = logits.detach().requires_grad_()
+        for extras in ({}, {"ignore_index": math.nan}, {"label_smoothing": 0.2}):
+            case = f"{chosen} {extras}"
+            with implicit_replication():
+                loss = fused(logits, target, weight, pos_weight=pos_weight, **extras)
+                assert is_fused(loss), case
+                (grad,) = torch.autograd.grad(loss, logits)
+            exact = evaluate(by_torch, *widened(*whole)[:2], **widened(*whole)[2], **extras)
+            for got, want in ((loss, exact.loss), (grad, exact.grad_logits)):
+                got = got.full_tensor() if hasattr(got, "full_tensor") else got
+                torch.testing.assert_close(
+                    got.double(), want, rtol=1e-5, atol=1e-7, msg=lambda m, c=case: c + m
+                )
+
+
 def check_compiled():
     (mesh, *_) = meshes()
     for reduction in REDUCTIONS:
@@ -257,6 +290,7 @@ def check_dtensor():
     check_backward_again()
     check_empty()
     check_mixed()
+    check_implicit_replication()
     check_deprecated_name_of_mean()
     if dist.get_world_size() == 2:
         check_compiled()

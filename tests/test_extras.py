@@ -7,11 +7,13 @@ import itertools
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
     FLOATS,
+    REDUCTIONS,
     assert_double_close,
     assert_results_no_worse,
     by_dtype,
@@ -23,6 +25,7 @@ from helpers import (
     evaluate,
     fused,
     is_fused,
+    is_ignored,
     outcome,
     reference,
     torch_bce,
@@ -215,23 +218,45 @@ def test_label_smoothing_of_nothing_is_exact(device):
 
 
 def with_ignored(shape, ignore_index, device, dtype):
-    target = torch.randint(2, shape)
+    # float32 holds every number that is ignored here, nan included.
+    target = torch.randint(2, shape).float()
     target[torch.rand(shape) < 0.3] = ignore_index
     return target.to(device, dtype)
+
+
+def ignored_by(extras, shape, device, dtype):
+    """Targets of which some are what the extras ignore, or -1; of floats if that is nan."""
+    ignore_index = extras.get("ignore_index", -1)
+    if math.isnan(ignore_index) and not dtype.is_floating_point:
+        dtype = DOUBLE
+    return with_ignored(shape, ignore_index, device, dtype)
 
 
 def an_ignored_value(dtype) -> int:
     return {torch.bool: 1, torch.uint8: 255}.get(dtype, -100)
 
 
+def ignored_values(dtype) -> list:
+    return [an_ignored_value(dtype), *([NAN] if dtype.is_floating_point else [])]
+
+
+by_target_and_index = pytest.mark.parametrize(
+    ("target_dtype", "ignore_index"),
+    [
+        pytest.param(dtype, value, id=f"{dtype_name(dtype)}-{value}")
+        for dtype in TARGETS
+        for value in ignored_values(dtype)
+    ],
+)
+
+
 @weighted_or_not
 @by_reduction
-@by_target
+@by_target_and_index
 @by_dtype
-def test_ignore_index(dtype, target_dtype, reduction, weights, device):
-    ignore_index = an_ignored_value(target_dtype)
+def test_ignore_index(dtype, target_dtype, ignore_index, reduction, weights, device):
     target = with_ignored((7, 33), ignore_index, device, target_dtype)
-    ignored = target == ignore_index
+    ignored = is_ignored(target, ignore_index)
     logits = logits_of((7, 33), device, dtype)
     # Whatever the logit is.
     logits[ignored] = torch.tensor([NAN, INF, -INF, 3.0], device=device, dtype=dtype).repeat(99)[
@@ -249,18 +274,19 @@ def test_ignore_index(dtype, target_dtype, reduction, weights, device):
             assert (got.loss[ignored] == 0).all()
 
 
+@pytest.mark.parametrize("ignore_index", [-1, NAN])
 @by_reduction
 @by_dtype
-def test_nothing_left(dtype, reduction, device):
-    target = torch.full((3, 5), -1.0, device=device).to(dtype)
+def test_nothing_left(dtype, reduction, ignore_index, device):
+    target = torch.full((3, 5), float(ignore_index), device=device).to(dtype)
     logits = torch.full((3, 5), NAN, device=device).to(dtype)
     for shape in ((3, 5), (0, 5)):
         x, t = logits[: shape[0]], target[: shape[0]]
-        got = evaluate(fused, x, t, reduction=reduction, ignore_index=-1)
+        got = evaluate(fused, x, t, reduction=reduction, ignore_index=ignore_index)
         assert (got.loss == 0).all()
         assert (got.grad_logits == 0).all()
         with torch.no_grad():
-            assert (fused(x, t, reduction=reduction, ignore_index=-1) == 0).all()
+            assert (fused(x, t, reduction=reduction, ignore_index=ignore_index) == 0).all()
 
 
 def test_a_nan_that_is_not_ignored_stays(device):
@@ -280,22 +306,33 @@ def test_float_targets_are_compared_exactly(device):
     assert (losses == 0).tolist() == [False, False, True, True, False]
 
 
-@by_target
-def test_count_kept(target_dtype, device):
-    count_kept = torch.ops.fused_bce.count_kept
+@by_target_and_index
+def test_count_kept(target_dtype, ignore_index, device):
+    nan = math.isnan(ignore_index)
+
+    def count_kept(target):
+        return torch.ops.fused_bce.count_kept(target, None if nan else ignore_index, nan)
+
     for shape in ((0,), (), (1,), (33,), (300, 67), (16385,)):
-        ignore_index = an_ignored_value(target_dtype)
         target = with_ignored(shape, ignore_index, device, target_dtype)
         layouts = [target, target.flatten()[1:]]
         if target.dim() == 2:
             layouts += [target.t(), target[:, ::3], target[:1].expand(5, -1)]
         for t in layouts:
-            count = count_kept(t, ignore_index)
+            count = count_kept(t)
             assert (count.dtype, count.shape, count.device) == (DOUBLE, (), t.device)
-            assert count.item() == int((t != ignore_index).sum())
-    if target_dtype.is_floating_point:
-        zeros = torch.tensor([0.0, -0.0, 1.0, NAN], device=device).to(target_dtype)
-        assert count_kept(zeros, 0).item() == 2
+            assert count.item() == int((~is_ignored(t, ignore_index)).sum())
+
+
+@by_dtype
+def test_count_kept_of_unusual_numbers(dtype, device):
+    count_kept = torch.ops.fused_bce.count_kept
+    numbers = [0.0, -0.0, 1.0, NAN, -NAN, INF, -INF]
+    target = torch.tensor(numbers, device=device).to(dtype)
+    assert count_kept(target, 0).item() == 5
+    assert count_kept(target, None, True).item() == 5
+    assert count_kept(target, 0, True).item() == 3
+    assert count_kept(target, None).item() == 7
 
 
 def test_ignoring_is_deterministic(device):
@@ -336,6 +373,7 @@ EXTRAS = {
     "label_smoothing": {"label_smoothing": 0.3},
     "ignore_index": {"ignore_index": -1},
     "both": {"label_smoothing": 0.3, "ignore_index": -1},
+    "nan": {"label_smoothing": 0.3, "ignore_index": NAN},
 }
 by_extras = pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
 
@@ -346,20 +384,23 @@ by_extras = pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
 def test_gradcheck(extras, reduction, weights, device):
     logits = logits_of((3, 4), device, DOUBLE).requires_grad_()
     # Targets that a step of gradcheck does not bring to the ignored value.
-    target = with_ignored((3, 4), -1, device, DOUBLE)
+    target = ignored_by(extras, (3, 4), device, DOUBLE)
     weights = draw_weights(weights, (4,), device, DOUBLE)
 
     def loss(x):
         return fused(x, target, reduction=reduction, **extras, **weights)
 
-    assert torch.autograd.gradcheck(loss, logits, check_batched_grad=True)
-    assert torch.autograd.gradgradcheck(loss, logits)
+    for fast_mode in (False, True):
+        assert torch.autograd.gradcheck(
+            loss, logits, check_batched_grad=not fast_mode, fast_mode=fast_mode
+        )
+        assert torch.autograd.gradgradcheck(loss, logits, fast_mode=fast_mode)
 
 
 @by_reduction
 @by_extras
 def test_gradient_of_the_target(extras, reduction, device):
-    target = with_ignored((6, 5), -1, device, DOUBLE)
+    target = ignored_by(extras, (6, 5), device, DOUBLE)
     logits = logits_of((6, 5), device, DOUBLE)
     got = evaluate(fused, logits, target, target_grad=True, reduction=reduction, **extras)
     exact = evaluate(by_torch, logits, target, target_grad=True, reduction=reduction, **extras)
@@ -382,7 +423,7 @@ TRANSFORMS = {
 @pytest.mark.parametrize("target_dtype", [torch.int64, DOUBLE], ids=dtype_name)
 @by_extras
 def test_func_transforms(extras, target_dtype, transform, device):
-    target = with_ignored((3, 4), -1, device, target_dtype)
+    target = ignored_by(extras, (3, 4), device, target_dtype)
     logits = logits_of((3, 4), device, DOUBLE)
     got = transform(lambda x: fused(x, target, **extras), logits)
     exact = transform(lambda x: by_torch(x, target, **extras), logits)
@@ -392,7 +433,7 @@ def test_func_transforms(extras, target_dtype, transform, device):
 @by_reduction
 @by_extras
 def test_vmap(extras, reduction, device):
-    target = with_ignored((3, 4), -1, device, torch.int8)
+    target = ignored_by(extras, (3, 4), device, torch.int8)
     logits = logits_of((3, 4), device, DOUBLE)
     got = torch.vmap(lambda x, t: fused(x, t, reduction=reduction, **extras))(logits, target)
     rows = [
@@ -404,7 +445,7 @@ def test_vmap(extras, reduction, device):
 @by_extras
 def test_left_to_torch_under_autocast(extras, device):
     # Integers are smoothed in float32 there, too, whatever the dtype of the logits is.
-    target = with_ignored((6, 5), -1, device, torch.int8)
+    target = ignored_by(extras, (6, 5), device, torch.int8)
     logits = logits_of((6, 5), device, torch.bfloat16)
     negated = torch._neg_view(-logits)
     with torch.autocast(device, dtype=torch.bfloat16):
@@ -415,7 +456,7 @@ def test_left_to_torch_under_autocast(extras, device):
 
 @by_extras
 def test_forward_mode(extras, device):
-    target = with_ignored((3, 4), -1, device, DOUBLE)
+    target = ignored_by(extras, (3, 4), device, DOUBLE)
     logits = logits_of((3, 4), device, DOUBLE)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(logits, torch.ones_like(logits))
@@ -427,7 +468,7 @@ def test_forward_mode(extras, device):
 @by_extras
 def test_jit_script(extras, reduction, device):
     loss = BCEWithLogitsLoss(reduction=reduction, **extras).to(device)
-    target = with_ignored((3, 4), -1, device, torch.int64)
+    target = ignored_by(extras, (3, 4), device, torch.int64)
     logits = logits_of((3, 4), device, DOUBLE)
     file = io.BytesIO()
     torch.jit.save(torch.jit.script(loss), file)
@@ -438,14 +479,14 @@ def test_jit_script(extras, reduction, device):
 # Validation
 
 
-@by_target
-def test_valid_targets(target_dtype, device):
+@by_target_and_index
+def test_valid_targets(target_dtype, ignore_index, device):
     logits, target = logits_of((3, 4), device), hard((3, 4), device, target_dtype)
     torch.testing.assert_close(
         fused(logits, target, validate_targets=True), fused(logits, target), rtol=0, atol=0
     )
-    ignored = with_ignored((3, 4), an_ignored_value(target_dtype), device, target_dtype)
-    fused(logits, ignored, ignore_index=an_ignored_value(target_dtype), validate_targets=True)
+    ignored = with_ignored((3, 4), ignore_index, device, target_dtype)
+    fused(logits, ignored, ignore_index=ignore_index, validate_targets=True)
 
 
 INVALID = {
@@ -496,6 +537,9 @@ BAD_INDEX = {
     "float": (TypeError, 1.0, torch.float32),
     "bool": (TypeError, True, torch.float32),
     "text": (TypeError, "1", torch.float32),
+    "tensor": (TypeError, torch.tensor(1), torch.float32),
+    "nan for bool": (ValueError, math.nan, torch.bool),
+    "nan for int64": (ValueError, math.nan, torch.int64),
     "too large": (ValueError, 2**24, torch.float32),
     "too small": (ValueError, -(2**24), torch.int64),
     "no bool": (ValueError, 255, torch.bool),
@@ -515,7 +559,7 @@ def test_bad_label_smoothing(value, device):
             call(logits, logits, label_smoothing=value)
     with pytest.raises(ValueError, match="label_smoothing must"):
         torch.ops.fused_bce.forward_with_grad(
-            logits, logits, None, None, 1, label_smoothing=float(value)
+            logits, logits, None, None, 1, label_smoothing=torch.tensor(float(value))
         )
 
 
@@ -525,6 +569,30 @@ def test_bad_ignore_index(error, value, dtype, device):
     for call in (fused, lambda x, t, **extras: BCEWithLogitsLoss(**extras)(x, t)):
         with pytest.raises(error, match=f"ignore_index .*{value}"):
             call(logits, target, ignore_index=value)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_label_smoothing_is_no_tensor(requires_grad, device):
+    # Its gradient would be lost; torch's cross_entropy refuses one, too.
+    logits = logits_of(3, device)
+    smoothing = torch.tensor(0.1, device=device, requires_grad=requires_grad)
+    for call in (fused, lambda x, t, **extras: BCEWithLogitsLoss(**extras)(x, t)):
+        with pytest.raises(TypeError, match="label_smoothing must be a number"):
+            call(logits, logits, label_smoothing=smoothing)
+    if requires_grad:
+        with pytest.raises(RuntimeError, match=r"not differentiable .* 'label_smoothing'"):
+            torch.ops.fused_bce.binary_cross_entropy_with_logits(
+                logits, logits, label_smoothing=smoothing
+            )
+
+
+@pytest.mark.parametrize("scalar", [np.int64, np.int8, np.uint8], ids=lambda t: t.__name__)
+def test_ignore_index_of_numpy(scalar, device):
+    logits, target = logits_of((3, 4), device), hard((3, 4), device)
+    for reduction in REDUCTIONS:
+        options = {"reduction": reduction, "validate_targets": True}
+        got = fused(logits, target, ignore_index=scalar(1), **options)
+        assert torch.equal(got, fused(logits, target, ignore_index=1, **options))
 
 
 def test_ignore_index_that_just_fits(device):
@@ -589,6 +657,6 @@ def test_patched_and_converted(device):
 def test_apply(device):
     logits, target = logits_of((3, 4), device).requires_grad_(), hard((3, 4), device, torch.int8)
     loss = fused_bce.BCEWithLogitsFunction.apply(
-        logits, target, None, None, 1, None, label_smoothing=0.25, ignore_index=1
+        logits, target, None, None, 1, None, label_smoothing=torch.tensor(0.25), ignore_index=1
     )
     assert torch.equal(loss, fused(logits, target, label_smoothing=0.25, ignore_index=1))

@@ -1,9 +1,11 @@
 """The module as a stand-in for torch.nn's, and which calls take the fused path."""
 
 import copy
+import functools
 import inspect
 import io
 import logging
+import math
 import pickle
 import subprocess
 import sys
@@ -45,7 +47,22 @@ def criteria(device, dtype=DOUBLE, **options):
     return [cls(**weights, **options) for cls in CLASSES]
 
 
-EXTRAS = {"label_smoothing": 0.0, "ignore_index": None, "validate_targets": False}
+EXTRAS = {
+    "label_smoothing": 0.0,
+    "ignore_index": None,
+    "validate_targets": False,
+    "recompute": False,
+}
+
+
+FX_OPTIONS = {
+    "plain": {},
+    "smoothed": {"label_smoothing": 0.1},
+    "ignored": {"ignore_index": 1},
+    "ignored nan": {"ignore_index": math.nan},
+    "validated": {"validate_targets": True},
+    "recompute": {"recompute": True},
+}
 
 
 def assert_extends(ours, theirs) -> None:
@@ -280,6 +297,44 @@ def test_jit_script(reduction, device):
         scripted(data[0], data[1][:2])
 
 
+def call_plainly(input: torch.Tensor, target: torch.Tensor):
+    return fused(input, target)
+
+
+def call_with_everything(input: torch.Tensor, target: torch.Tensor):
+    return fused(
+        input, target, reduction="sum", label_smoothing=0.1, ignore_index=1, recompute=True
+    )
+
+
+@jit_is_deprecated
+@pytest.mark.parametrize("function", [call_plainly, call_with_everything])
+def test_jit_script_of_a_call(function, device):
+    logits, target = batch(device)
+    target[0] = 1
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(function), file)
+    file.seek(0)
+    assert_double_close(torch.jit.load(file)(logits, target), function(logits, target))
+
+
+@jit_is_deprecated
+def test_jit_script_of_the_function(device):
+    logits, target = batch(device)
+    scripted = torch.jit.script(fused)
+    assert_double_close(scripted(logits, target), fused(logits, target))
+    options = {"reduction": "none", "label_smoothing": 0.2}
+    assert_double_close(scripted(logits, target, **options), fused(logits, target, **options))
+
+
+@jit_is_deprecated
+@pytest.mark.parametrize("options", FX_OPTIONS.values(), ids=FX_OPTIONS)
+def test_jit_script_of_a_module_with_extras(options, device):
+    logits, target = batch(device)
+    module = BCEWithLogitsLoss(**options)
+    assert_double_close(torch.jit.script(module)(logits, target), module(logits, target))
+
+
 @jit_is_deprecated
 def test_jit_script_saved_and_loaded(device):
     (ours, theirs), data = classifiers(device)
@@ -306,9 +361,40 @@ def test_jit_trace(reduction, device):
 def test_fx_symbolic_trace(reduction, device):
     (ours, theirs), data = classifiers(device, reduction=reduction)
     graph_module = torch.fx.symbolic_trace(ours)
-    calls = [node for node in graph_module.graph.nodes if node.target is torch_bce]
-    assert len(calls) == 1
+    # A leaf, as torch's class is.
+    calls = [node for node in graph_module.graph.nodes if node.op == "call_module"]
+    assert calls[-1].target == "criterion"
     check_values(graph_module(*data), graph_module, theirs, data)
+
+
+class Calls(torch.nn.Module):
+    def __init__(self, loss):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, input, target):
+        return self.loss(input, target)
+
+
+@pytest.mark.parametrize("target_dtype", [DOUBLE, torch.bool, torch.int64], ids=str)
+@pytest.mark.parametrize("options", FX_OPTIONS.values(), ids=FX_OPTIONS)
+def test_fx_with_what_torch_does_not_take(options, target_dtype, device):
+    # In a model, alone, and as a function; each is the very call that eager makes.
+    logits, target = batch(device)
+    target = target.round().to(target_dtype)
+    if options.get("ignore_index") is math.nan and target_dtype is not DOUBLE:
+        pytest.skip("no integer is nan")
+    for module in (
+        Calls(BCEWithLogitsLoss(**options)),
+        BCEWithLogitsLoss(**options),
+        Calls(functools.partial(fused, **options)),
+    ):
+        expected = fused(logits, target, **options)
+        traced = torch.fx.symbolic_trace(module)
+        for graph_module in (traced, pickle.loads(pickle.dumps(traced))):
+            loss = graph_module(logits, target)
+            assert torch.equal(loss, expected)
+            assert is_fused(loss)
 
 
 class Recording(torch.Tensor):

@@ -26,6 +26,7 @@ from helpers import (
     evaluate,
     fused,
     is_fused,
+    is_ignored,
     outcome,
     reference,
     torch_bce,
@@ -120,7 +121,7 @@ class Call:
     weight: Operand | None = None
     pos_weight: Operand | None = None
     label_smoothing: float = 0.0
-    ignore_index: int | None = None
+    ignore_index: float | None = None
     grad_loss: Operand | None = None  # None: ones
     autocast: torch.dtype | None = None
     threads: int = 1
@@ -240,7 +241,10 @@ def calls(draw):
         draw(weights(shape, WEIGHT_DTYPES)),
         draw(weights(shape, POS_WEIGHT_DTYPES)),
         draw(st.sampled_from((0.0, 0.0, 0.1, 0.6))),
-        draw(st.none() | st.sampled_from([i for i in (-100, 255, 0, 1) if holds(target.dtype, i)])),
+        draw(
+            st.none()
+            | st.sampled_from([i for i in (-100, 255, 0, 1, NAN) if holds(target.dtype, i)])
+        ),
         draw(st.none() | operands(shape if reduction == "none" else (), FLOATS)),
         draw(st.sampled_from((None, None, None, torch.bfloat16, torch.float16))),
         draw(st.sampled_from((1, 2, 3))),
@@ -248,7 +252,9 @@ def calls(draw):
     )
 
 
-def holds(dtype: torch.dtype, number: int) -> bool:
+def holds(dtype: torch.dtype, number: float) -> bool:
+    if math.isnan(number):
+        return dtype.is_floating_point
     if dtype is torch.bool:
         return number in (0, 1)
     info = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
@@ -266,8 +272,8 @@ def term_sizes(logits, target, grad_loss, options, wrong_side=False) -> Result:
     """
     smoothing, ignore_index = options["label_smoothing"], options["ignore_index"]
     t = target.detach().cpu().double()
-    kept = torch.ones_like(t) if ignore_index is None else (t != ignore_index).double()
-    t = t * (1 - smoothing) + smoothing / 2
+    kept = torch.ones_like(t) if ignore_index is None else (~is_ignored(t, ignore_index)).double()
+    t = t.masked_fill(kept == 0, 0) * (1 - smoothing) + smoothing / 2
     part = kept / kept.sum().clamp(min=1) if options["reduction"] == "mean" else kept
     share = part if grad_loss is None else part * grad_loss.detach().cpu().double()
     x = logits.detach().cpu().double().masked_fill(kept == 0, 0)
@@ -333,10 +339,11 @@ def test_any_call(device, call, wanted):
         if leaves:
             assert is_fused(loss) != call.has_negative_bit
         grad_loss = torch.ones_like(loss) if grad_loss is None else grad_loss.to(loss.dtype)
-        # The second time the gradient is computed anew.
+        # The second time the gradient is computed anew, and always if that is asked for.
+        losses = (loss, loss, fused(logits, target, recompute=True, **options))
         grads = [
             torch.autograd.grad(loss, leaves, grad_loss, retain_graph=True) if leaves else ()
-            for _ in range(2)
+            for loss in losses
         ]
     torch.testing.assert_close(loss.detach(), without_grad, rtol=0, atol=0, equal_nan=True)
     assert_as_good(loss.detach(), theirs.loss, exact.loss, *(s.loss for s in sizes))
@@ -349,6 +356,8 @@ def test_any_call(device, call, wanted):
             getattr(result, f"grad_{name}") for result in (theirs, exact, *sizes)
         )
         for grad in of_operand:
+            if not call.has_negative_bit:
+                torch.testing.assert_close(grad, of_operand[0], rtol=0, atol=0, equal_nan=True)
             assert_as_good(grad, their_grad, exact_grad, *sizes_of_grad)
             if not call.has_negative_bit and (call.is_plain or name == "logits"):
                 assert_same_strides(grad, getattr(layouts, f"grad_{name}"))
@@ -419,7 +428,7 @@ values_of_targets = (
     dtypes=st.tuples(st.sampled_from(FLOATS), st.sampled_from(FLOATS)),
     p=st.sampled_from((None, 0.5, 3.0)),
     label_smoothing=st.sampled_from((0.0, 0.0, 0.1)),
-    ignore_index=st.sampled_from((None, None, 0, 1)),
+    ignore_index=st.sampled_from((None, None, 0, 1, NAN)),
     instruction_set=st.sampled_from(_C.instruction_sets()),
 )
 def test_any_values(device, pairs, dtypes, p, label_smoothing, ignore_index, instruction_set):
@@ -435,7 +444,9 @@ def test_any_values(device, pairs, dtypes, p, label_smoothing, ignore_index, ins
         got = evaluate(fused, logits, target, reduction="none", **options)
         summed = evaluate(fused, logits, target, reduction="sum", **options)
     x, given_t = logits.cpu().double(), target.cpu().double()
-    ignored = given_t == ignore_index if ignore_index is not None else torch.zeros_like(x).bool()
+    ignored = torch.zeros_like(x).bool()
+    if ignore_index is not None:
+        ignored = is_ignored(given_t, ignore_index)
     t = given_t * (1 - label_smoothing) + label_smoothing / 2
     has_nan = (x.isnan() | t.isnan()) & ~ignored
     assert torch.equal(got.loss.isnan().cpu(), has_nan)

@@ -12,13 +12,14 @@ const std::vector<InstructionSet>& instruction_sets() {
     __builtin_cpu_init();
     // Every processor with AVX2 has F16C, which not every compiler can ask for.
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (avx2 && __builtin_cpu_supports("avx512f")) found.push_back({"avx512", avx512::run});
-    if (avx2) found.push_back({"avx2", avx2::run});
-    found.push_back({"sse2", baseline::run});
+    if (avx2 && __builtin_cpu_supports("avx512f"))
+      found.push_back({"avx512", avx512::run, avx512::scale});
+    if (avx2) found.push_back({"avx2", avx2::run, avx2::scale});
+    found.push_back({"sse2", baseline::run, baseline::scale});
 #elif defined(__aarch64__)
-    found.push_back({"neon", baseline::run});
+    found.push_back({"neon", baseline::run, baseline::scale});
 #else
-    found.push_back({"baseline", baseline::run});
+    found.push_back({"baseline", baseline::run, baseline::scale});
 #endif
     return found;
   }();

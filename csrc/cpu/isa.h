@@ -12,9 +12,13 @@ namespace fused_bce {
 // Computes elements [begin, end) of the walk and returns the sum of their losses.
 using RunKernel = double (*)(const Problem&, int64_t begin, int64_t end);
 
+// Scales elements [begin, end).
+using ScaleKernel = void (*)(const Scaling&, int64_t begin, int64_t end);
+
 struct InstructionSet {
   const char* name;
   RunKernel run;
+  ScaleKernel scale;
 };
 
 // Those that this build has and this processor can run, best first.
@@ -25,14 +29,17 @@ void use_instruction_set(const std::string& name);
 
 namespace baseline {
 double run(const Problem&, int64_t begin, int64_t end);
-}
+void scale(const Scaling&, int64_t begin, int64_t end);
+}  // namespace baseline
 #if defined(__x86_64__)
 namespace avx2 {
 double run(const Problem&, int64_t begin, int64_t end);
-}
+void scale(const Scaling&, int64_t begin, int64_t end);
+}  // namespace avx2
 namespace avx512 {
 double run(const Problem&, int64_t begin, int64_t end);
-}
+void scale(const Scaling&, int64_t begin, int64_t end);
+}  // namespace avx512
 #endif
 
 }  // namespace fused_bce

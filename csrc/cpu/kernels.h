@@ -21,6 +21,7 @@ struct Tile {
   L* grad_logits;
   T grad_scale;
   T ignore_index, target_scale, target_shift;
+  bool ignore_nan;
 };
 
 template <class T>
@@ -52,7 +53,8 @@ double run_tile(const Tile<T, L, S>& tile) {
       r.grad = r.grad * weight;
     }
     if (kHasExtras) {
-      const auto ignored = given == V(t.ignore_index);
+      const auto equal = given == V(t.ignore_index);
+      const auto ignored = t.ignore_nan ? equal | (given != given) : equal;
       r.loss = select(ignored, V(0), r.loss);
       r.grad = select(ignored, V(0), r.grad);
     }
@@ -77,7 +79,7 @@ template <Pass kPass, class T, class L, class S>
 RunTile<T, L, S> choose_weights(const Problem& p) {
   if constexpr (std::is_same_v<L, T> && std::is_same_v<S, T>)
     if (has_extras(p)) return run_tile<kPass, true, true, true, T, L, S>;
-  const bool weight = p.weight.data || p.grad_loss.data;
+  const bool weight = p.weight.data || (p.grad_loss.data && folds_grad_loss(p));
   if (p.pos_weight.data)
     return weight ? run_tile<kPass, true, true, false, T, L, S>
                   : run_tile<kPass, false, true, false, T, L, S>;
@@ -293,7 +295,7 @@ double run_range(const Problem& p, int64_t begin, int64_t end) {
   DenseReader<T, S> target(p.target, S{});
   BroadcastReader<T> weight(extras && !p.weight.data ? one : p.weight);
   BroadcastReader<T> pos_weight(extras && !p.pos_weight.data ? one : p.pos_weight);
-  BroadcastReader<T> grad_loss(p.grad_loss);
+  BroadcastReader<T> grad_loss(folds_grad_loss(p) ? p.grad_loss : Broadcast{});
   DenseWriter<T, T> losses(has_losses(pass_of(p)) ? p.loss : nullptr, p.loss_dtype);
   DenseWriter<T, L> grad_logits(p.grad_logits, p.logits.dtype);
   alignas(kVectorBytes) T factors[kTile<T>];
@@ -310,7 +312,8 @@ double run_range(const Problem& p, int64_t begin, int64_t end) {
     tile.losses = losses.tile(i, count);
     tile.grad_logits = grad_logits.tile(i, count);
     tile.grad_scale = static_cast<T>(1 / p.divisor);
-    tile.ignore_index = static_cast<T>(p.ignore_index);
+    tile.ignore_index = static_cast<T>(p.ignored.index);
+    tile.ignore_nan = p.ignored.nan;
     tile.target_scale = static_cast<T>(p.target_scale);
     tile.target_shift = static_cast<T>(p.target_shift);
     sum += run(tile);
@@ -321,7 +324,7 @@ double run_range(const Problem& p, int64_t begin, int64_t end) {
 }
 
 // Half types are read as they are; every other target is brought to the arithmetic's type.
-double run(const Problem& p, int64_t begin, int64_t end) {
+double run_any(const Problem& p, int64_t begin, int64_t end) {
   const bool alike = p.logits.dtype == p.target.dtype;
   if (computes_in_double(p)) return run_range<double, double, double>(p, begin, end);
   if (has_extras(p)) return run_range<float, float, float>(p, begin, end);
@@ -332,4 +335,50 @@ double run(const Problem& p, int64_t begin, int64_t end) {
     return alike ? run_range<float, Float16, Float16>(p, begin, end)
                  : run_range<float, Float16, float>(p, begin, end);
   return run_range<float, float, float>(p, begin, end);
+}
+
+template <class L>
+void scale_range(const Scaling& s, int64_t begin, int64_t end) {
+  using C = std::conditional_t<std::is_same_v<L, double>, double, float>;
+  using V = Vec<C>;
+  BroadcastReader<C> grad_loss(s.grad_loss);
+  const auto scaled = [zero_stays = s.zero_stays](V grad, V factor) __attribute__((always_inline)) {
+    const V product = grad * factor;
+    return zero_stays ? select(grad == V(0), grad, product) : product;
+  };
+  for (int64_t i = begin; i < end; i += kTile<C>) {
+    const int count = static_cast<int>(std::min<int64_t>(kTile<C>, end - i));
+    const C* const factors = grad_loss.tile(i, count);
+    L* const grads = static_cast<L*>(s.grad_logits) + i;
+    int k = 0;
+    for (; k + V::kLanes <= count; k += V::kLanes)
+      narrow(scaled(widen(grads + k), V::load(factors + k)), grads + k);
+    if (k == count) continue;
+    C rest[V::kLanes];
+    read(grads + k, count - k, C(0), rest);
+    scaled(V::load(rest), V::load(factors + k)).store(rest);
+    write(rest, count - k, grads + k);
+  }
+}
+
+void scale(const Scaling& s, int64_t begin, int64_t end) {
+  switch (s.dtype) {
+    case DType::kFloat16:
+      return scale_range<Float16>(s, begin, end);
+    case DType::kBFloat16:
+      return scale_range<BFloat16>(s, begin, end);
+    case DType::kFloat32:
+      return scale_range<float>(s, begin, end);
+    case DType::kFloat64:
+      return scale_range<double>(s, begin, end);
+    default:
+      return;  // gradients are no integers
+  }
+}
+
+double run(const Problem& p, int64_t begin, int64_t end) {
+  const double sum = run_any(p, begin, end);
+  // While the chunk is in the cache.
+  if (p.grad_loss.data && !folds_grad_loss(p)) scale(scaling_of(p), begin, end);
+  return sum;
 }

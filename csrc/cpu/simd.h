@@ -48,6 +48,7 @@ struct Vec {
   friend FUSED_BCE_INLINE Vec operator/(Vec a, Vec b) { return a.v / b.v; }
   friend FUSED_BCE_INLINE Mask operator>(Vec a, Vec b) { return a.v > b.v; }
   friend FUSED_BCE_INLINE Mask operator==(Vec a, Vec b) { return a.v == b.v; }
+  friend FUSED_BCE_INLINE Mask operator!=(Vec a, Vec b) { return a.v != b.v; }
 
   friend FUSED_BCE_INLINE Vec select(Mask m, Vec a, Vec b) { return m ? a.v : b.v; }
   // Contracted to one instruction where the target has it; the formula does not rely on that.

@@ -134,17 +134,30 @@ __device__ __forceinline__ Pack<typename S::Target, S::kVector> load_target(cons
   }
 }
 
-// pos_weight, and the product of weight and grad_loss.
+// pos_weight, and the product of weight and of grad_loss where that is folded in.
 template <class C, int N>
 __device__ __forceinline__ void load_weights(const Arguments& a, int64_t at, C (&positive)[N],
                                              C (&factor)[N]) {
-  C grad_loss[N];
   load_broadcast(a.pos_weight, at, positive);
   load_broadcast(a.weight, at, factor);
-  load_broadcast(a.grad_loss, at, grad_loss);
+  C folded[N];
+  load_broadcast(a.folded, at, folded);
 #pragma unroll
-  for (int k = 0; k < N; ++k) factor[k] *= grad_loss[k];
+  for (int k = 0; k < N; ++k) factor[k] *= folded[k];
 }
+
+// What label smoothing makes of a target: target * scale + shift.
+template <class C>
+struct Smoothing {
+  C scale, shift;
+
+  __device__ __forceinline__ explicit Smoothing(const Problem& p)
+      : scale(static_cast<C>(p.target_scale)), shift(static_cast<C>(p.target_shift)) {
+    if (!p.label_smoothing_on_gpu) return;
+    scale = static_cast<C>(1 - *p.label_smoothing_on_gpu);
+    shift = static_cast<C>(*p.label_smoothing_on_gpu / 2);
+  }
+};
 
 // The elements of one chunk that belong to this thread; returns the sum of their losses.
 template <class S, class L, Pass kPass, bool kGeneral, bool kWhole>
@@ -159,9 +172,8 @@ __device__ __forceinline__ double run_chunk(const Arguments& a, int64_t chunk,
   const Problem& p = a.problem;
   L outside;  // the loss of (-inf, 0) is 0
   convert(-std::numeric_limits<C>::infinity(), outside);
-  const C ignore_index = static_cast<C>(p.ignore_index);
-  const C target_scale = static_cast<C>(p.target_scale);
-  const C target_shift = static_cast<C>(p.target_shift);
+  const C ignore_index = static_cast<C>(p.ignored.index);
+  const Smoothing<C> smoothing(p);
 
   double sum = 0;
   int64_t i = chunk * kChunk + static_cast<int64_t>(threadIdx.x) * N;
@@ -190,11 +202,11 @@ __device__ __forceinline__ double run_chunk(const Arguments& a, int64_t chunk,
         convert(target[u].v[k], given);
         // A padded element must add nothing, whatever its weights are.
         const bool general = kGeneral && (kWhole || at + k < p.numel);
-        const C t = general ? ::fma(given, target_scale, target_shift) : given;
+        const C t = general ? ::fma(given, smoothing.scale, smoothing.shift) : given;
         LossAndGrad<Lane<C>> r = bce_with_logits<kGeneral>(Lane<C>(x), Lane<C>(t),
                                                            Lane<C>(general ? positive[k] : C(1)));
         if (general) {
-          const bool ignored = given == ignore_index;
+          const bool ignored = given == ignore_index || (p.ignored.nan && given != given);
           r.loss.v = ignored ? C(0) : r.loss.v * factor[k];
           r.grad.v = ignored ? C(0) : r.grad.v * factor[k];
         }
@@ -202,8 +214,15 @@ __device__ __forceinline__ double run_chunk(const Arguments& a, int64_t chunk,
         losses[k] = r.loss.v;
         grads[k] = r.grad.v * grad_scale;
       }
-      if constexpr (has_grad(kPass))
-        store<kWhole, L, N>(narrow(grads, L{}), p.grad_logits, at, p.numel);
+      if constexpr (has_grad(kPass)) {
+        Pack<L, N> stored = narrow(grads, L{});
+        if (kPass == Pass::kGrad && a.grad_loss.operand.data) {
+          C grad_loss[N];
+          load_broadcast(a.grad_loss, at, grad_loss);
+          stored = scaled(stored, grad_loss, a.zero_stays);
+        }
+        store<kWhole, L, N>(stored, p.grad_logits, at, p.numel);
+      }
       if constexpr (has_losses(kPass))
         with_dtype(p.loss_dtype, [&](auto tag) {
           store<kWhole, decltype(tag), N>(narrow(losses, tag), p.loss, at, p.numel);
@@ -214,8 +233,8 @@ __device__ __forceinline__ double run_chunk(const Arguments& a, int64_t chunk,
   return sum;
 }
 
-// kGeneral: with weights, pos_weight, a grad_loss for each element, targets that are smoothed or
-// ignored, or any of these.
+// kGeneral: with weights, pos_weight, targets that are smoothed or ignored, or any of these, or
+// with a grad_loss for each element that is folded in.
 template <class L, class T, Pass kPass, bool kGeneral>
 __global__ void __launch_bounds__(kThreads)
     bce_kernel(const __grid_constant__ Arguments a, Workspace workspace) {
@@ -223,8 +242,8 @@ __global__ void __launch_bounds__(kThreads)
   using C = typename S::C;
   const Problem& p = a.problem;
   C grad_scale = static_cast<C>(1 / divisor_of(p));
-  if (a.grad_loss_number.data)
-    grad_scale *= load_any<C>(a.grad_loss_number.data, a.grad_loss_number.dtype, 0);
+  const Broadcast& folded = a.folded.operand;
+  if (!kGeneral && folded.data) grad_scale *= load_any<C>(folded.data, folded.dtype, 0);
 
   const int64_t chunks = chunks_of(p.numel);
   for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
@@ -252,7 +271,7 @@ void launch_pass(const Arguments& a, const Workspace& workspace, unsigned blocks
   if constexpr (!std::is_same_v<T, AnyTarget>) {
     const Problem& p = a.problem;
     const bool general =
-        p.weight.data || p.pos_weight.data || a.grad_loss.operand.data || has_extras(p);
+        p.weight.data || p.pos_weight.data || a.folded.operand.channels > 1 || has_extras(p);
     if (!general) kernel = bce_kernel<L, T, kPass, false>;
   }
   kernel<<<blocks, kThreads, 0, stream>>>(a, workspace);

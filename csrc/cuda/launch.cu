@@ -21,51 +21,53 @@ Arguments prepare(const Problem& problem) {
   a.problem = problem;
   a.weight = DeviceBroadcast(problem.weight, problem.numel);
   a.pos_weight = DeviceBroadcast(problem.pos_weight, problem.numel);
-  if (problem.grad_loss.channels == 1)
-    a.grad_loss_number = problem.grad_loss;
-  else
-    a.grad_loss = DeviceBroadcast(problem.grad_loss, problem.numel);
+  (folds_grad_loss(problem) ? a.folded : a.grad_loss) =
+      DeviceBroadcast(problem.grad_loss, problem.numel);
+  a.zero_stays = scaling_of(problem).zero_stays;
   a.aligned = is_aligned(problem.logits.data) && is_aligned(problem.target.data) &&
               is_aligned(problem.grad_logits) &&
               (!has_losses(pass_of(problem)) || is_aligned(problem.loss));
   return a;
 }
 
-// Reads grad_loss on the device, and is over at once if it is 1: no synchronisation, no traffic.
-template <class S, class C>
+// If grad_loss is one number, which is read on the device, and that is 1, this is over at once: no
+// synchronisation, no traffic.
+template <class S>
 __global__ void __launch_bounds__(kThreads)
-    scale_kernel(S* grad_logits, int64_t numel, const void* grad_loss, DType grad_loss_dtype) {
-  const C scale = load_any<C>(grad_loss, grad_loss_dtype, 0);
-  if (scale == C(1)) return;
+    scale_kernel(const Scaling s, const DeviceBroadcast grad_loss, int64_t numel) {
+  using C = std::conditional_t<std::is_same_v<S, double>, double, float>;
   constexpr int N = 16 / sizeof(S);
+  const bool one_number = s.grad_loss.channels == 1;
+  C factors[N];
+  if (one_number) load_broadcast(grad_loss, 0, factors);
+  if (one_number && factors[0] == C(1)) return;
+  S* const grad_logits = static_cast<S*>(s.grad_logits);
   const int64_t vectors = numel / N;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   for (int64_t i = first; i < vectors; i += stride) {
-    const Pack<S, N> pack = load_pack<S, N>(grad_logits + i * N);
-    C scaled[N];
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
-      convert(pack.v[k], scaled[k]);
-      scaled[k] *= scale;
-    }
-    store_pack<S, N>(narrow(scaled, S{}), grad_logits + i * N);
+    if (!one_number) load_broadcast(grad_loss, i * N, factors);
+    const Pack<S, N> stored = load_pack<S, N>(grad_logits + i * N);
+    store_pack<S, N>(scaled(stored, factors, s.zero_stays), grad_logits + i * N);
   }
   for (int64_t i = vectors * N + first; i < numel; i += stride) {
-    C x;
+    C factor[1], x;
+    load_broadcast(grad_loss, i, factor);
     convert(grad_logits[i], x);
-    convert(x * scale, grad_logits[i]);
+    if (!s.zero_stays || x != 0) convert(x * factor[0], grad_logits[i]);
   }
 }
 
 // The sums are of integers, and so exact in any order.
 template <class S, class C>
 __global__ void __launch_bounds__(kThreads)
-    count_kept_kernel(const S* target, int64_t numel, bool aligned, C ignore_index, double* count) {
+    count_kept_kernel(const S* target, int64_t numel, bool aligned, Ignored ignored,
+                      double* count) {
+  const C index = static_cast<C>(ignored.index);
   const auto is_kept = [&](S stored) {
     C value;
     convert(stored, value);
-    return value != ignore_index;
+    return value != index && !(ignored.nan && value != value);
   };
   constexpr int N = 16 / sizeof(S);
   const int64_t vectors = aligned ? numel / N : 0;
@@ -90,22 +92,20 @@ unsigned blocks_of_vectors(int64_t bytes) {
 }
 
 template <class S>
-void launch_count_kept(const Dense& target, int64_t numel, int64_t ignore_index, double* count,
+void launch_count_kept(const Dense& target, int64_t numel, const Ignored& ignored, double* count,
                        cudaStream_t stream) {
   using C = std::conditional_t<std::is_same_v<S, double>, double, float>;
   const unsigned blocks = blocks_of_vectors(numel * static_cast<int64_t>(sizeof(S)));
-  count_kept_kernel<S, C><<<blocks, kThreads, 0, stream>>>(static_cast<const S*>(target.data),
-                                                           numel, is_aligned(target.data),
-                                                           static_cast<C>(ignore_index), count);
+  count_kept_kernel<S, C><<<blocks, kThreads, 0, stream>>>(
+      static_cast<const S*>(target.data), numel, is_aligned(target.data), ignored, count);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-template <class S, class C>
-void launch_scale(void* grad_logits, int64_t numel, const void* grad_loss, DType grad_loss_dtype,
-                  cudaStream_t stream) {
+template <class S>
+void launch_scale(const Scaling& scaling, int64_t numel, cudaStream_t stream) {
   const unsigned blocks = blocks_of_vectors(numel * static_cast<int64_t>(sizeof(S)));
-  scale_kernel<S, C><<<blocks, kThreads, 0, stream>>>(static_cast<S*>(grad_logits), numel,
-                                                      grad_loss, grad_loss_dtype);
+  scale_kernel<S>
+      <<<blocks, kThreads, 0, stream>>>(scaling, DeviceBroadcast(scaling.grad_loss, numel), numel);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -115,7 +115,7 @@ void limit_cuda_blocks(int64_t most) { most_blocks.store(std::max<int64_t>(most,
 
 bool cuda_covers_current_device() {
   cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, scale_kernel<float, float>);
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, scale_kernel<float>);
   if (error == cudaSuccess) return true;
   cudaGetLastError();  // an answer, not an error to report later
   return false;
@@ -152,48 +152,46 @@ void launch_cuda(const Problem& problem, void* workspace_bytes, void* stream_han
   }
 }
 
-void launch_cuda_count_kept(const Dense& target, int64_t numel, int64_t ignore_index, double* count,
-                            void* stream_handle) {
+void launch_cuda_count_kept(const Dense& target, int64_t numel, const Ignored& ignored,
+                            double* count, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (numel == 0) return;
   switch (target.dtype) {
     case DType::kFloat16:
-      return launch_count_kept<__half>(target, numel, ignore_index, count, stream);
+      return launch_count_kept<__half>(target, numel, ignored, count, stream);
     case DType::kBFloat16:
-      return launch_count_kept<__nv_bfloat16>(target, numel, ignore_index, count, stream);
+      return launch_count_kept<__nv_bfloat16>(target, numel, ignored, count, stream);
     case DType::kFloat32:
-      return launch_count_kept<float>(target, numel, ignore_index, count, stream);
+      return launch_count_kept<float>(target, numel, ignored, count, stream);
     case DType::kFloat64:
-      return launch_count_kept<double>(target, numel, ignore_index, count, stream);
+      return launch_count_kept<double>(target, numel, ignored, count, stream);
     case DType::kBool:
-      return launch_count_kept<Boolean>(target, numel, ignore_index, count, stream);
+      return launch_count_kept<Boolean>(target, numel, ignored, count, stream);
     case DType::kUInt8:
-      return launch_count_kept<uint8_t>(target, numel, ignore_index, count, stream);
+      return launch_count_kept<uint8_t>(target, numel, ignored, count, stream);
     case DType::kInt8:
-      return launch_count_kept<int8_t>(target, numel, ignore_index, count, stream);
+      return launch_count_kept<int8_t>(target, numel, ignored, count, stream);
     case DType::kInt16:
-      return launch_count_kept<int16_t>(target, numel, ignore_index, count, stream);
+      return launch_count_kept<int16_t>(target, numel, ignored, count, stream);
     case DType::kInt32:
-      return launch_count_kept<int32_t>(target, numel, ignore_index, count, stream);
+      return launch_count_kept<int32_t>(target, numel, ignored, count, stream);
     case DType::kInt64:
-      return launch_count_kept<int64_t>(target, numel, ignore_index, count, stream);
+      return launch_count_kept<int64_t>(target, numel, ignored, count, stream);
   }
 }
 
-void launch_cuda_scale(void* grad_logits, DType dtype, int64_t numel, const void* grad_loss,
-                       DType grad_loss_dtype, void* stream_handle) {
+void launch_cuda_scale(const Scaling& scaling, int64_t numel, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (numel == 0) return;
-  switch (dtype) {
+  switch (scaling.dtype) {
     case DType::kFloat16:
-      return launch_scale<__half, float>(grad_logits, numel, grad_loss, grad_loss_dtype, stream);
+      return launch_scale<__half>(scaling, numel, stream);
     case DType::kBFloat16:
-      return launch_scale<__nv_bfloat16, float>(grad_logits, numel, grad_loss, grad_loss_dtype,
-                                                stream);
+      return launch_scale<__nv_bfloat16>(scaling, numel, stream);
     case DType::kFloat32:
-      return launch_scale<float, float>(grad_logits, numel, grad_loss, grad_loss_dtype, stream);
+      return launch_scale<float>(scaling, numel, stream);
     case DType::kFloat64:
-      return launch_scale<double, double>(grad_logits, numel, grad_loss, grad_loss_dtype, stream);
+      return launch_scale<double>(scaling, numel, stream);
     default:
       return;  // gradients are no integers
   }

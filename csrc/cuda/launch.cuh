@@ -18,9 +18,10 @@ __host__ __device__ inline int64_t chunks_of(int64_t numel) {
 struct Arguments {
   Problem problem;
   DeviceBroadcast weight, pos_weight;
-  DeviceBroadcast grad_loss;   // one for each element,
-  Broadcast grad_loss_number;  // or one number
-  bool aligned = false;        // all dense operands, to 16 bytes
+  DeviceBroadcast folded;     // grad_loss where it is part of the arithmetic,
+  DeviceBroadcast grad_loss;  // or where it scales what was rounded: see Scaling
+  bool zero_stays = false;
+  bool aligned = false;  // all dense operands, to 16 bytes
 };
 
 struct Workspace {

@@ -100,6 +100,19 @@ __device__ __forceinline__ Pack<S, N> narrow(const C (&in)[N], S) {
   return out;
 }
 
+// Stored gradients, each times its factor: see Scaling.
+template <class S, int N, class C>
+__device__ __forceinline__ Pack<S, N> scaled(const Pack<S, N>& stored, const C (&factors)[N],
+                                             bool zero_stays) {
+  C out[N];
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    convert(stored.v[k], out[k]);
+    if (!zero_stays || out[k] != 0) out[k] *= factors[k];
+  }
+  return narrow(out, S{});
+}
+
 // For a dtype known at run time only: one branch, the same for all threads. f gets a value of the
 // storage type.
 template <class F>

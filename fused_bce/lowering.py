@@ -1,0 +1,97 @@
+"""The operators in those of torch (aten), for what cannot run them: ONNX, other backends."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._decomp import register_decomposition
+
+from fused_bce.reference import is_ignored, loss_of_kept, sum_of, with_floats
+from fused_bce.registrations import ops
+
+_REDUCTIONS = ("none", "mean", "sum")
+_table: dict = {}
+
+
+def decomposition_table() -> dict[torch._ops.OpOverload, Callable]:
+    """Decompositions of this package's operators into torch's.
+
+    torch.onnx.export finds them by itself. For an exported program they are added to torch's own:
+
+    Example:
+        >>> from torch.export import default_decompositions, export
+        >>> program = export(BCEWithLogitsLoss(), (torch.zeros(3), torch.ones(3)))
+        >>> table = default_decompositions()
+        >>> table.update(fused_bce.decomposition_table())
+        >>> program = program.run_decompositions(table)
+    """
+    return dict(_table)
+
+
+def _lowers(op: torch._ops.OpOverload) -> Callable:
+    """Registered with torch as well, where exporters look. Compilers do not: they keep the
+    operator."""
+
+    def register(function: Callable) -> Callable:
+        _table[op] = function
+        return register_decomposition(op)(function)
+
+    return register
+
+
+@_lowers(ops.binary_cross_entropy_with_logits.default)
+def _loss(
+    logits,
+    target,
+    weight=None,
+    pos_weight=None,
+    reduction=1,
+    dtype=None,
+    label_smoothing=None,
+    ignore_index=None,
+    ignore_nan=False,
+    divisor=None,
+    recompute=False,
+):
+    ignored = _ignored(target, ignore_index, ignore_nan)
+    target = with_floats(target, logits)
+    dtype = dtype or target.dtype
+    logits, target = (t.to(torch.promote_types(t.dtype, dtype)) for t in (logits, target))
+    if label_smoothing is not None:
+        target = (target * (1 - label_smoothing) + label_smoothing / 2).to(target.dtype)
+    losses = loss_of_kept(logits, target, ignored, weight, pos_weight)
+    if _REDUCTIONS[reduction] == "none":
+        return losses.to(dtype)
+    total = sum_of(losses)
+    if _REDUCTIONS[reduction] == "mean":
+        count = (~ignored).sum() if divisor is None else divisor
+        total = total / count.masked_fill(count == 0, 1)
+    return total.to(dtype)
+
+
+@_lowers(ops.backward.default)
+def _grad(*operands, **named):
+    """The formula stands in csrc/autograd.cpp. Its kernel is called past the dispatcher, since
+    torch.export keeps operators that are made of others."""
+    kernel = torch._C.DispatchKey.CompositeImplicitAutograd
+    return ops.differentiable_backward.default._op_dk(kernel, *operands, **named)
+
+
+@_lowers(ops.forward_with_grad.default)
+def _loss_and_grad(logits, target, weight, pos_weight, reduction, dtype=None, *extras, **named):
+    loss = _loss(logits, target, weight, pos_weight, reduction, dtype, *extras, **named)
+    operands = (torch.ones_like(loss), logits, target, weight, pos_weight, reduction)
+    return loss, _grad(*operands, *extras, **named)
+
+
+@_lowers(ops.count_kept.default)
+def _count(target, ignore_index, ignore_nan=False):
+    return (~_ignored(target, ignore_index, ignore_nan)).sum(dtype=torch.float64)
+
+
+def _ignored(target: Tensor, ignore_index: int | None, ignore_nan: bool) -> Tensor:
+    ignored = torch.zeros_like(target, dtype=torch.bool)
+    if ignore_index is not None:
+        ignored = ignored | is_ignored(target, ignore_index)
+    return ignored | is_ignored(target, math.nan) if ignore_nan else ignored

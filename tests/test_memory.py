@@ -1,0 +1,130 @@
+"""Nothing of the gradient's size is held between forward and backward where its owner does not want
+it: under saved-tensor hooks, and with recompute=True."""
+
+import os
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from helpers import by_reduction, fused, torch_bce
+from torch.utils.checkpoint import checkpoint
+
+# Large enough for torch's allocators to give nothing else of this size.
+ROWS = 1024
+BYTES = ROWS * ROWS * 4
+# What is not of the logits' size: numbers, and a pool's rounding.
+LITTLE = BYTES // 8
+
+
+class Memory(NamedTuple):
+    """In tensors of the size of the logits, beyond what was there before."""
+
+    held: float  # afterwards
+    peak: float
+
+
+def memory_of(step, device) -> Memory:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = step()
+        held, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        del kept
+        return Memory((held - before) / BYTES, (peak - before) / BYTES)
+    # The allocators' own record: the resident set would miss what fits into pages that the process
+    # kept.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        kept = step()
+    events = profile.kineto_results.events()
+    del kept
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = np.cumsum([0, *(nbytes for _, nbytes in changes)])
+    return Memory(int(held[-1]) / BYTES, int(held.max()) / BYTES)
+
+
+def held_after(step, device) -> float:
+    return memory_of(step, device).held
+
+
+def operands(device, dtype=torch.float32):
+    logits = torch.randn(ROWS, ROWS, device=device).to(dtype).requires_grad_()
+    return logits, torch.rand(ROWS, ROWS, device=device)
+
+
+OPTIONS = {
+    "plain": {},
+    "pos_weight": {"pos_weight": torch.full((ROWS,), 2.0)},
+    "smoothed": {"label_smoothing": 0.1},
+    "ignored": {"ignore_index": -1},
+}
+by_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+def on(device, options):
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+
+
+@by_options
+@by_reduction
+def test_recompute_holds_the_operands_only(reduction, options, device):
+    logits, target = operands(device)
+    options = on(device, options)
+    losses = 1 if reduction == "none" else 0
+
+    def forward(**more):
+        return fused(logits, target, reduction=reduction, **options, **more)
+
+    held = held_after(lambda: forward(recompute=True), device)
+    assert held == pytest.approx(losses, abs=LITTLE / BYTES)
+    # The other way holds the gradient: so this would see one.
+    assert held_after(forward, device) == pytest.approx(losses + 1, abs=LITTLE / BYTES)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_checkpoints_hold_the_operands_only(dtype, device):
+    # Twelve losses, each in a checkpoint of its own, hold their losses, and in backward one
+    # gradient at a time is computed.
+    logits, target = operands(device, dtype)
+
+    def forward(function):
+        def block(x):
+            return function(x * 2, target)
+
+        return sum(checkpoint(block, logits, use_reentrant=False) for _ in range(12))
+
+    assert held_after(lambda: forward(fused), device) < LITTLE / BYTES
+    (ours,) = torch.autograd.grad(forward(fused), logits)
+    (theirs,) = torch.autograd.grad(forward(torch_bce), logits)
+    # Twelve terms, each of them rounded to the dtype.
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(ours, theirs, rtol=12 * eps, atol=12 * eps * theirs.abs().max())
+
+
+def test_save_on_cpu_leaves_nothing_behind(device):
+    # What is packed lies elsewhere; the gradient, which no hook sees, is not there yet.
+    logits, target = operands(device)
+    packed = []
+
+    def forward():
+        with torch.autograd.graph.saved_tensors_hooks(packed.append, lambda _: None):
+            return fused(logits, target, ignore_index=-1)
+
+    assert held_after(forward, device) < LITTLE / BYTES
+    assert {t.data_ptr() for t in packed} >= {logits.data_ptr(), target.data_ptr()}
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["stored", "recompute"])
+def test_six_losses_and_one_backward(recompute, device):
+    heads = [operands(device) for _ in range(6)]
+
+    def forward():
+        # No leaves: their gradients are gone as soon as they have been passed on.
+        return sum(fused(logits * 2, target, recompute=recompute) for logits, target in heads)
+
+    # The logits themselves, and with each its gradient.
+    several = 6 * LITTLE / BYTES
+    assert held_after(forward, device) == pytest.approx(6 if recompute else 12, abs=several)
+    peak = memory_of(lambda: torch.autograd.grad(forward(), heads[0][0]), device).peak
+    assert peak <= (8 if recompute else 14) + several
