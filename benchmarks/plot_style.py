@@ -11,6 +11,7 @@ STYLES = {
     "fused": {"color": "tab:blue", "marker": "o"},
     "fused compile": {"color": "tab:cyan", "marker": "v"},
     "fused plain": {"color": "tab:cyan", "marker": "<"},
+    "fused recompute": {"color": "tab:cyan", "marker": ">"},
     "no loss": {"color": "darkgray", "marker": "."},
     "eager graph": {"color": "tab:orange", "marker": "s", "linestyle": ":"},
     "fused graph": {"color": "tab:blue", "marker": "o", "linestyle": ":"},

@@ -6,6 +6,7 @@
     python benchmarks/run.py --preset training     whole training steps
     python benchmarks/run.py --preset peers        other ways to compute the same
     python benchmarks/run.py --preset extras       what torch's loss does not take, against by hand
+    python benchmarks/run.py --preset heads        several losses, summed, and one backward pass
 
 See benchmarks/README.md.
 """
@@ -18,6 +19,7 @@ import sys
 from pathlib import Path
 
 import extras
+import heads
 import machine
 import torch
 import training
@@ -27,6 +29,7 @@ from extras import EXTRA_SIZES, EXTRAS, ExtraCase, extra_case
 from goals import Goal, goal_case
 from goals_cpu import cpu_goals
 from goals_cuda import cases_without_goals, cuda_goals
+from heads import HEAD_SIZES, HEADS, HeadsCase, heads_case
 from limits import copied_per_element
 from peers import missing_peers
 from results import Row, append_rows, file_name, start_file
@@ -37,7 +40,7 @@ from training import NETWORKS, TrainingCase, training_case
 from workloads import WORKLOADS, WorkloadCase, describe, workload_case
 
 SIZES = [1, 16, 128, 640, 2**12, 2**14, 2**16, 2**18, 2**20, 2**22, 2**24]
-PRESETS = ("goals", "workloads", "training", "peers", "extras")
+PRESETS = ("goals", "workloads", "training", "peers", "extras", "heads")
 PEER_SIZES = {"cpu": (2**16, 2**20, 2**24), "cuda": (2**16, 2**24, 2**26)}
 RESULTS = Path(__file__).parent / "results"
 
@@ -55,12 +58,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     names = (
-        f"of the presets workloads ({', '.join(WORKLOADS)}), training ({', '.join(NETWORKS)}) and "
-        f"extras ({'; '.join(EXTRAS)})"
+        f"of the presets workloads ({', '.join(WORKLOADS)}), training ({', '.join(NETWORKS)}), "
+        f"extras ({'; '.join(EXTRAS)}) and heads ({'; '.join(HEADS)})"
     )
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     add("--preset", choices=PRESETS, help="the next seven options select from it")
-    named = (*WORKLOADS, *NETWORKS, *EXTRAS)
+    named = (*WORKLOADS, *NETWORKS, *EXTRAS, *HEADS)
     add("--workloads", nargs="+", choices=named, metavar="NAME", help=names)
     add("--sizes", nargs="+", type=parse_size, metavar="N", help="elements, such as 640 or 2^20")
     add("--mode", nargs="+", choices=MODES, help="default: both")
@@ -81,8 +84,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("torch finds no CUDA device")
     if arguments.device is None:
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if arguments.workloads and arguments.preset not in ("workloads", "training", "extras"):
-        parser.error("--workloads needs --preset workloads, training or extras")
+    if arguments.workloads and arguments.preset in (None, "goals", "peers"):
+        parser.error("--workloads needs --preset workloads, training, extras or heads")
     if arguments.alone and (arguments.preset or arguments.graph):
         parser.error("--alone goes with the ladder of sizes: presets and graphs compare")
     if arguments.graph and arguments.device == "cpu":
@@ -148,6 +151,11 @@ def preset_cases(goals: list[Goal], arguments: argparse.Namespace) -> list[Case]
         "extras": [
             extra_case(name, device, n) for n in arguments.sizes or EXTRA_SIZES for name in EXTRAS
         ],
+        "heads": [
+            heads_case(name, device, n)
+            for n in arguments.sizes or HEAD_SIZES[device]
+            for name in HEADS
+        ],
     }[arguments.preset]
     selected = [with_logits(case, arguments) for case in cases if is_selected(case, arguments)]
     # Several goals share a case.
@@ -166,6 +174,8 @@ def contenders_of(case: Case, arguments: argparse.Namespace) -> dict[str, Conten
         return training.make_contenders(case, with_compile=not arguments.no_compile)
     if isinstance(case, ExtraCase):
         return extras.make_contenders(case, with_compile=not arguments.no_compile)
+    if isinstance(case, HeadsCase):
+        return heads.make_contenders(case, with_compile=not arguments.no_compile)
     return make_contenders(
         case,
         with_compile=not arguments.no_compile,
@@ -241,6 +251,8 @@ def notes(cases: list[Case], arguments: argparse.Namespace) -> list[str]:
         lines.append(f"Bool targets: cast to the dtype of the logits for torch, fused {fused}.")
     if arguments.preset == "extras":
         lines += [extras.describe(name) for name in dict.fromkeys(case.workload for case in cases)]
+    if arguments.preset == "heads":
+        lines += heads.NOTES
     if arguments.preset == "peers":
         missing = {
             f"{name}: {reason}" for case in cases for name, reason in missing_peers(case).items()

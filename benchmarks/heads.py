@@ -1,0 +1,137 @@
+"""Several heads with a loss each, summed, and one backward pass at the end.
+
+Auxiliary and multi-task heads and deep supervision train so. What a loss keeps for its backward
+pass is then held once for each head.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from cases import Case, size_text
+from contenders import Contender, compiled, exit_unless_fused, make_inputs
+from torch import Tensor, nn
+from training import WithLoss
+
+import fused_bce
+
+COUNT = 6
+# Logits of one head
+HEAD_SIZES = {"cpu": (2**22,), "cuda": (2**26,)}
+FEATURES = 64
+
+
+@dataclass(frozen=True)
+class HeadsCase(Case):
+    """Size and shape are those of one head; the workload is a key of HEADS."""
+
+    @property
+    def title(self) -> str:
+        size = size_text(self.numel)
+        return f"{COUNT} heads, {self.mode}, {self.dtype}, {self.reduction}, N = {size} for each"
+
+    @property
+    def passes(self) -> list[tuple[int, int]]:
+        return super().passes * COUNT
+
+
+class LeafLogits(nn.Module):
+    """No network: logits that are leaves, so that little but the losses is timed."""
+
+    def __init__(self, case: HeadsCase):
+        super().__init__()
+        self.logits = nn.ParameterList(make_inputs(case)[0] for _ in range(COUNT))
+
+    def forward(self, _features: Tensor) -> list[Tensor]:
+        return list(self.logits)
+
+
+class LinearHeads(nn.Module):
+    """A hidden layer that the heads share, then a Linear layer for each."""
+
+    def __init__(self, case: HeadsCase):
+        super().__init__()
+        labels = case.shape[1]
+        self.trunk = nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.ReLU())
+        self.heads = nn.ModuleList(nn.Linear(FEATURES, labels) for _ in range(COUNT))
+
+    def forward(self, features: Tensor) -> list[Tensor]:
+        hidden = self.trunk(features)
+        return [head(hidden) for head in self.heads]
+
+
+HEADS = {"six losses, leaf logits": LeafLogits, "six heads": LinearHeads}
+
+
+class SummedLosses(nn.Module):
+    def __init__(self, loss: nn.Module):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, logits: list[Tensor], targets: Tensor) -> Tensor:
+        return sum(map(self.loss, logits, targets))
+
+
+def heads_case(name: str, device: str, numel: int) -> HeadsCase:
+    return HeadsCase(
+        numel=numel,
+        device=device,
+        mode="summed fwd+bwd",
+        dtype="float32",
+        target_dtype="float32",
+        reduction="mean",
+        weights="none",
+        workload=name,
+    )
+
+
+def make_contenders(case: HeadsCase, with_compile: bool = True) -> dict[str, Contender]:
+    features, targets = make_data(case)
+    models = make_models(case, with_compile)
+    return {name: make_contender(model, features, targets) for name, model in models.items()}
+
+
+def make_data(case: HeadsCase) -> tuple[Tensor, Tensor]:
+    """What the network gets, and the targets of all heads."""
+    features = torch.randn(case.shape[0], FEATURES, device=case.device)
+    return features, torch.empty(COUNT, *case.shape, device=case.device).bernoulli_()
+
+
+def make_models(case: HeadsCase, with_compile: bool) -> dict[str, nn.Module]:
+    """From features and targets to the sum of the losses; copies of one network, so that none
+    frees the gradients of another."""
+    network = HEADS[case.workload](case).to(case.device)
+    logits = torch.empty(case.shape, device=case.device)
+    exit_unless_fused(logits, logits)
+
+    def around(loss: nn.Module) -> nn.Module:
+        return WithLoss(copy.deepcopy(network), SummedLosses(loss))
+
+    models = {
+        "fused": around(fused_bce.BCEWithLogitsLoss()),
+        "fused recompute": around(fused_bce.BCEWithLogitsLoss(recompute=True)),
+        "eager": around(nn.BCEWithLogitsLoss()),
+    }
+    if with_compile:
+        models["compile"] = compiled(around(nn.BCEWithLogitsLoss()))
+    return models
+
+
+def make_contender(model: nn.Module, features: Tensor, targets: Tensor) -> Contender:
+    def step():
+        model.zero_grad()
+        model(features, targets).backward()
+
+    def renew():
+        model.zero_grad()
+        return step
+
+    return Contender(step, renew)
+
+
+NOTES = (
+    "N and peak count the logits of one head: those of all six together are 6.",
+    "six losses, leaf logits: the logits are inputs; their six gradients are the peak.",
+    f"six heads: {FEATURES} hidden features and six Linear layers that share them. In the peak is "
+    "what forward keeps for backward, the logits included.",
+)
