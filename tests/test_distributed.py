@@ -49,7 +49,8 @@ def _process(rank, world_size, address, check):
     dist.init_process_group("gloo", address, rank=rank, world_size=world_size)
     torch.manual_seed(0)  # all processes draw the same
     check()
-    # Threads of a group in a reference cycle would outlive Python and end the process with an error.
+    # Threads of a group in a reference cycle would outlive Python, and end the process with an
+    # error.
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()
