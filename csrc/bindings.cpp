@@ -4,7 +4,7 @@
 #include <pybind11/stl.h>
 #include <torch/version.h>
 
-#include "bce_problem.h"
+#include "problem.h"
 #include "cpu/isa.h"
 #include "ops.h"
 

@@ -16,7 +16,7 @@
 #include <numeric>
 #include <tuple>
 
-#include "bce_problem.h"
+#include "problem.h"
 #include "cpu/allocator.h"
 
 #if defined(FUSED_BCE_CUDA)

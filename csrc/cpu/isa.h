@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "../bce_problem.h"
+#include "../problem.h"
 
 namespace fused_bce {
 

@@ -16,7 +16,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../bce_problem.h"
+#include "../problem.h"
 #include "isa.h"
 
 #define FUSED_BCE_PRAGMA(...) FUSED_BCE_PRAGMA_TEXT(__VA_ARGS__)
@@ -30,7 +30,7 @@ FUSED_BCE_PRAGMA(clang attribute push(__attribute__((target(FUSED_BCE_TARGET))),
 FUSED_BCE_PRAGMA(GCC target(FUSED_BCE_TARGET))
 #endif
 
-#include "../bce_math.h"
+#include "../formulas/bce.h"
 
 namespace fused_bce {
 namespace FUSED_BCE_ISA {

@@ -11,6 +11,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "../formulas/bce.h"
 #include "broadcast.cuh"
 #include "lane.cuh"
 #include "launch.cuh"

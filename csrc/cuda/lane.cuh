@@ -1,7 +1,7 @@
-// One number in the words that bce_math.h asks for: a vector of width one.
+// One number in the words that formulas/elementary.h asks for: a vector of width one.
 #pragma once
 
-#include "../bce_math.h"
+#include "../formulas/elementary.h"
 
 namespace fused_bce {
 

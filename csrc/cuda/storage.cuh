@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../bce_problem.h"
+#include "../problem.h"
 
 namespace fused_bce {
 

@@ -1,9 +1,9 @@
-// The launchers of csrc/bce_problem.h as plain C, for an interpreter of the kernels' PTX that calls
+// The launchers of csrc/problem.h as plain C, for an interpreter of the kernels' PTX that calls
 // them through ctypes. They return null, or what went wrong.
 #include <exception>
 #include <string>
 
-#include "bce_problem.h"
+#include "problem.h"
 
 using namespace fused_bce;
 
