@@ -4,9 +4,9 @@
 #include <pybind11/stl.h>
 #include <torch/version.h>
 
-#include "problem.h"
 #include "cpu/isa.h"
 #include "ops.h"
+#include "problem.h"
 
 namespace py = pybind11;
 

@@ -16,8 +16,8 @@
 #include <numeric>
 #include <tuple>
 
-#include "problem.h"
 #include "cpu/allocator.h"
+#include "problem.h"
 
 #if defined(FUSED_BCE_CUDA)
 #include <c10/cuda/CUDAStream.h>
@@ -30,7 +30,8 @@ using at::Tensor;
 
 bool is_integer(at::ScalarType type) { return at::isIntegralType(type, /*includeBool=*/true); }
 
-DType dtype_of(const char* name, at::ScalarType type) {
+// NotImplementedError for what neither is a float nor, if they are allowed, an integer.
+DType dtype_of(const char* name, at::ScalarType type, bool integers = false) {
   switch (type) {
     case at::kHalf:
       return DType::kFloat16;
@@ -41,12 +42,10 @@ DType dtype_of(const char* name, at::ScalarType type) {
     case at::kDouble:
       return DType::kFloat64;
     default:
-      TORCH_CHECK_NOT_IMPLEMENTED(false, name,
-                                  " must be float16, bfloat16, float32 or float64, not ", type);
+      break;
   }
-}
-
-DType target_dtype_of(at::ScalarType type) {
+  TORCH_CHECK_NOT_IMPLEMENTED(integers && is_integer(type), name,
+                              " must be float16, bfloat16, float32 or float64, not ", type);
   switch (type) {
     case at::kBool:
       return DType::kBool;
@@ -61,9 +60,11 @@ DType target_dtype_of(at::ScalarType type) {
     case at::kLong:
       return DType::kInt64;
     default:
-      return dtype_of("target", type);
+      TORCH_CHECK_NOT_IMPLEMENTED(false, name, " must not be ", type);
   }
 }
+
+DType target_dtype_of(at::ScalarType type) { return dtype_of("target", type, /*integers=*/true); }
 
 void check_broadcasts_into(const Tensor& logits, const at::DimVector& broadcast) {
   TORCH_CHECK(logits.sizes() == broadcast, "output with shape ", logits.sizes(),

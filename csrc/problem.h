@@ -4,21 +4,9 @@
 #include <cstdint>
 #include <limits>
 
-namespace fused_bce {
+#include "dtypes.h"
 
-enum class DType : uint8_t {
-  kFloat16,
-  kBFloat16,
-  kFloat32,
-  kFloat64,
-  // Of targets only
-  kBool,
-  kUInt8,
-  kInt8,
-  kInt16,
-  kInt32,
-  kInt64,
-};
+namespace fused_bce {
 
 // A dense array of `numel` elements in the order of the walk.
 struct Dense {

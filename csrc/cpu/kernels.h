@@ -104,57 +104,34 @@ RunTile<T, L, S> choose_pass(const Problem& p) {
   return choose_weights<Pass::kGrad, T, L, S>(p);
 }
 
-template <class Integer, class T>
-void read_integers(const void* data, int64_t at, int count, T padding, T* out) {
-  const Integer* const p = static_cast<const Integer*>(data) + at;
-  for (int i = 0; i < count; ++i) out[i] = static_cast<T>(p[i]);
-  for (int i = count; i % Vec<T>::kLanes != 0; ++i) out[i] = padding;
+// One stored number as a T: what has no road through vectors.
+template <class T>
+T number(Boolean stored) {
+  return stored.byte != 0;
+}
+template <class T, class Integer>
+T number(Integer stored) {
+  return static_cast<T>(stored);
 }
 
 template <class T>
 void read_any(const void* data, DType dtype, int64_t at, int count, T padding, T* out) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return read(static_cast<const Float16*>(data) + at, count, padding, out);
-    case DType::kBFloat16:
-      return read(static_cast<const BFloat16*>(data) + at, count, padding, out);
-    case DType::kFloat32:
-      return read(static_cast<const float*>(data) + at, count, padding, out);
-    case DType::kFloat64:  // only where the arithmetic is in double, too
-      if constexpr (std::is_same_v<T, double>)
-        return read(static_cast<const double*>(data) + at, count, padding, out);
-      return;
-    case DType::kBool:  // a byte that is not 0 is true
-      for (int i = 0; i < count; ++i) out[i] = static_cast<const uint8_t*>(data)[at + i] != 0;
+  with_dtype<SimdHalf>(dtype, [=](auto tag) {
+    using S = decltype(tag);
+    const S* const p = static_cast<const S*>(data) + at;
+    if constexpr (std::is_integral_v<S> || std::is_same_v<S, Boolean>) {
+      for (int i = 0; i < count; ++i) out[i] = number<T>(p[i]);
       for (int i = count; i % Vec<T>::kLanes != 0; ++i) out[i] = padding;
-      return;
-    case DType::kUInt8:
-      return read_integers<uint8_t>(data, at, count, padding, out);
-    case DType::kInt8:
-      return read_integers<int8_t>(data, at, count, padding, out);
-    case DType::kInt16:
-      return read_integers<int16_t>(data, at, count, padding, out);
-    case DType::kInt32:
-      return read_integers<int32_t>(data, at, count, padding, out);
-    case DType::kInt64:
-      return read_integers<int64_t>(data, at, count, padding, out);
-  }
+    } else if constexpr (!(std::is_same_v<S, double> && std::is_same_v<T, float>)) {
+      read(p, count, padding, out);  // float64 only where the arithmetic is in double, too
+    }
+  });
 }
 
 template <class T>
 void write_any(const T* in, int count, DType dtype, int64_t at, void* data) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return write(in, count, static_cast<Float16*>(data) + at);
-    case DType::kBFloat16:
-      return write(in, count, static_cast<BFloat16*>(data) + at);
-    case DType::kFloat32:
-      return write(in, count, static_cast<float*>(data) + at);
-    case DType::kFloat64:
-      return write(in, count, static_cast<double*>(data) + at);
-    default:
-      return;  // nothing is written as an integer
-  }
+  with_float<SimdHalf>(dtype,
+                       [=](auto tag) { write(in, count, static_cast<decltype(tag)*>(data) + at); });
 }
 
 // Reads a dense operand tile by tile, for an arithmetic in T: in place where the memory can be used
@@ -362,18 +339,7 @@ void scale_range(const Scaling& s, int64_t begin, int64_t end) {
 }
 
 void scale(const Scaling& s, int64_t begin, int64_t end) {
-  switch (s.dtype) {
-    case DType::kFloat16:
-      return scale_range<Float16>(s, begin, end);
-    case DType::kBFloat16:
-      return scale_range<BFloat16>(s, begin, end);
-    case DType::kFloat32:
-      return scale_range<float>(s, begin, end);
-    case DType::kFloat64:
-      return scale_range<double>(s, begin, end);
-    default:
-      return;  // gradients are no integers
-  }
+  with_float<SimdHalf>(s.dtype, [&](auto tag) { scale_range<decltype(tag)>(s, begin, end); });
 }
 
 double run(const Problem& p, int64_t begin, int64_t end) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <limits>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include "isa.h"
@@ -18,40 +19,29 @@ constexpr int64_t kChunk = 16384;
 
 int64_t chunks_of(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
 
+struct HostHalf {
+  using Float16 = c10::Half;
+  using BFloat16 = c10::BFloat16;
+};
+
+// Rounded to float first, as the arithmetic of half types does.
 void store(double value, DType dtype, void* out) {
-  switch (dtype) {
-    case DType::kFloat16:
-      *static_cast<c10::Half*>(out) = static_cast<float>(value);
-      break;
-    case DType::kBFloat16:
-      *static_cast<c10::BFloat16*>(out) = static_cast<float>(value);
-      break;
-    case DType::kFloat32:
-      *static_cast<float*>(out) = static_cast<float>(value);
-      break;
-    case DType::kFloat64:
-      *static_cast<double*>(out) = value;
-      break;
-    default:  // a loss is no integer
-      break;
-  }
+  with_float<HostHalf>(dtype, [=](auto tag) {
+    using S = decltype(tag);
+    if constexpr (std::is_same_v<S, double>)
+      *static_cast<S*>(out) = value;
+    else
+      *static_cast<S*>(out) = static_cast<float>(value);
+  });
 }
 
 // Whether the operand is the number 1, with which there is nothing to do.
 bool is_one(const Broadcast& b) {
-  if (!b.data || b.channels != 1) return false;
-  switch (b.dtype) {
-    case DType::kFloat16:
-      return *static_cast<const c10::Half*>(b.data) == 1;
-    case DType::kBFloat16:
-      return *static_cast<const c10::BFloat16*>(b.data) == 1;
-    case DType::kFloat32:
-      return *static_cast<const float*>(b.data) == 1;
-    case DType::kFloat64:
-      return *static_cast<const double*>(b.data) == 1;
-    default:  // grad_loss is no integer
-      return false;
-  }
+  bool one = false;
+  if (b.data && b.channels == 1)
+    with_float<HostHalf>(b.dtype,
+                         [&](auto tag) { one = *static_cast<const decltype(tag)*>(b.data) == 1; });
+  return one;
 }
 
 // f(chunk, begin, end) for every chunk of numel elements
@@ -74,27 +64,20 @@ double count(const void* data, int64_t numel, const F& is_kept) {
   return std::accumulate(counts.begin(), counts.end(), 0.0);
 }
 
-template <class Integer>
-double count_other_integers(const Dense& target, int64_t numel, const Ignored& ignored) {
-  if (ignored.index != ignored.index) return static_cast<double>(numel);
-  const auto index = static_cast<Integer>(ignored.index);
-  return count<Integer>(target.data, numel, [=](Integer value) { return value != index; });
-}
-
 template <class S>
-double count_other_numbers(const Dense& target, int64_t numel, const Ignored& ignored) {
+double count_others(const void* data, int64_t numel, const Ignored& ignored) {
   const auto index = static_cast<S>(ignored.index);
-  if (!ignored.nan) return count<S>(target.data, numel, [=](S value) { return value != index; });
-  return count<S>(target.data, numel, [=](S value) { return (value != index) & (value == value); });
+  if (!ignored.nan) return count<S>(data, numel, [=](S value) { return value != index; });
+  return count<S>(data, numel, [=](S value) { return (value != index) & (value == value); });
 }
 
 // By their bits; a zero may have a sign, and what lies above infinity is nan.
 template <class Half>
-double count_other_halves(const Dense& target, int64_t numel, const Ignored& ignored) {
+double count_other_halves(const void* data, int64_t numel, const Ignored& ignored) {
   const uint16_t index = Half(static_cast<float>(ignored.index)).x;
   const uint16_t mask = ignored.index == 0 ? 0x7fff : 0xffff;
   const uint16_t largest = ignored.nan ? Half(std::numeric_limits<float>::infinity()).x : 0x7fff;
-  return count<uint16_t>(target.data, numel, [=](uint16_t bits) {
+  return count<uint16_t>(data, numel, [=](uint16_t bits) {
     return ((bits & mask) != index) & ((bits & 0x7fff) <= largest);
   });
 }
@@ -123,32 +106,20 @@ void scale_cpu(const Scaling& scaling, int64_t numel) {
 }
 
 double count_kept_cpu(const Dense& target, int64_t numel, const Ignored& ignored) {
-  if (!ignored.any()) return static_cast<double>(numel);
-  switch (target.dtype) {
-    case DType::kFloat16:
-      return count_other_halves<c10::Half>(target, numel, ignored);
-    case DType::kBFloat16:
-      return count_other_halves<c10::BFloat16>(target, numel, ignored);
-    case DType::kFloat32:
-      return count_other_numbers<float>(target, numel, ignored);
-    case DType::kFloat64:
-      return count_other_numbers<double>(target, numel, ignored);
-    case DType::kBool:
-      if (ignored.index != ignored.index) return static_cast<double>(numel);
-      return count<uint8_t>(target.data, numel,
-                            [=](uint8_t byte) { return (byte != 0) != (ignored.index != 0); });
-    case DType::kUInt8:
-      return count_other_integers<uint8_t>(target, numel, ignored);
-    case DType::kInt8:
-      return count_other_integers<int8_t>(target, numel, ignored);
-    case DType::kInt16:
-      return count_other_integers<int16_t>(target, numel, ignored);
-    case DType::kInt32:
-      return count_other_integers<int32_t>(target, numel, ignored);
-    case DType::kInt64:
-      return count_other_integers<int64_t>(target, numel, ignored);
-  }
-  return 0;
+  const bool by_number = ignored.index == ignored.index;
+  if (!by_number && !(ignored.nan && is_floating(target.dtype))) return static_cast<double>(numel);
+  double kept = 0;
+  with_dtype<HostHalf>(target.dtype, [&](auto tag) {
+    using S = decltype(tag);
+    if constexpr (std::is_same_v<S, Boolean>)
+      kept = count<uint8_t>(target.data, numel,
+                            [&](uint8_t byte) { return (byte != 0) != (ignored.index != 0); });
+    else if constexpr (sizeof(S) == 2 && !std::is_integral_v<S>)
+      kept = count_other_halves<S>(target.data, numel, ignored);
+    else
+      kept = count_others<S>(target.data, numel, ignored);
+  });
+  return kept;
 }
 
 }  // namespace fused_bce

@@ -10,6 +10,10 @@ struct Float16 {
 struct BFloat16 {
   uint16_t bits;
 };
+struct SimdHalf {
+  using Float16 = FUSED_BCE_ISA::Float16;
+  using BFloat16 = FUSED_BCE_ISA::BFloat16;
+};
 
 template <class S>
 constexpr DType kDTypeOf = DType::kFloat32;
@@ -170,7 +174,7 @@ void read(const S* p, int count, double padding, double* out) {
 }
 template <>
 inline void read(const double* p, int count, double padding, double* out) {
-  std::memcpy(out, p, count * sizeof(double));
+  std::copy_n(p, count, out);
   for (int k = count; k % Vec<double>::kLanes != 0; ++k) out[k] = padding;
 }
 

@@ -62,7 +62,7 @@ __device__ __forceinline__ void load_broadcast(const DeviceBroadcast& source, in
   }
   int64_t channel, in_run;
   source.locate(i, channel, in_run);
-  with_dtype(b.dtype, [&](auto tag) {
+  with_float<CudaHalf>(b.dtype, [&](auto tag) {
     using S = decltype(tag);
     const S* const first = static_cast<const S*>(b.data);
     const S* p = first + channel * b.stride;

@@ -121,7 +121,7 @@ __device__ __forceinline__ Pack<typename S::Target, S::kVector> load_target(cons
   const T zero{};
   if constexpr (S::kAnyTarget) {
     Pack<T, N> pack;
-    with_target_dtype(target.dtype, [&](auto tag) {
+    with_dtype<CudaHalf>(target.dtype, [&](auto tag) {
       const auto* p = static_cast<const decltype(tag)*>(target.data) + i;
 #pragma unroll
       for (int k = 0; k < N; ++k) {
@@ -225,7 +225,7 @@ __device__ __forceinline__ double run_chunk(const Arguments& a, int64_t chunk,
         store<kWhole, L, N>(stored, p.grad_logits, at, p.numel);
       }
       if constexpr (has_losses(kPass))
-        with_dtype(p.loss_dtype, [&](auto tag) {
+        with_float<CudaHalf>(p.loss_dtype, [&](auto tag) {
           store<kWhole, decltype(tag), N>(narrow(losses, tag), p.loss, at, p.numel);
         });
     }

@@ -154,47 +154,18 @@ void launch_cuda(const Problem& problem, void* workspace_bytes, void* stream_han
 
 void launch_cuda_count_kept(const Dense& target, int64_t numel, const Ignored& ignored,
                             double* count, void* stream_handle) {
-  const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (numel == 0) return;
-  switch (target.dtype) {
-    case DType::kFloat16:
-      return launch_count_kept<__half>(target, numel, ignored, count, stream);
-    case DType::kBFloat16:
-      return launch_count_kept<__nv_bfloat16>(target, numel, ignored, count, stream);
-    case DType::kFloat32:
-      return launch_count_kept<float>(target, numel, ignored, count, stream);
-    case DType::kFloat64:
-      return launch_count_kept<double>(target, numel, ignored, count, stream);
-    case DType::kBool:
-      return launch_count_kept<Boolean>(target, numel, ignored, count, stream);
-    case DType::kUInt8:
-      return launch_count_kept<uint8_t>(target, numel, ignored, count, stream);
-    case DType::kInt8:
-      return launch_count_kept<int8_t>(target, numel, ignored, count, stream);
-    case DType::kInt16:
-      return launch_count_kept<int16_t>(target, numel, ignored, count, stream);
-    case DType::kInt32:
-      return launch_count_kept<int32_t>(target, numel, ignored, count, stream);
-    case DType::kInt64:
-      return launch_count_kept<int64_t>(target, numel, ignored, count, stream);
-  }
+  with_dtype<CudaHalf>(target.dtype, [&](auto tag) {
+    launch_count_kept<decltype(tag)>(target, numel, ignored, count,
+                                     static_cast<cudaStream_t>(stream_handle));
+  });
 }
 
 void launch_cuda_scale(const Scaling& scaling, int64_t numel, void* stream_handle) {
-  const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (numel == 0) return;
-  switch (scaling.dtype) {
-    case DType::kFloat16:
-      return launch_scale<__half>(scaling, numel, stream);
-    case DType::kBFloat16:
-      return launch_scale<__nv_bfloat16>(scaling, numel, stream);
-    case DType::kFloat32:
-      return launch_scale<float>(scaling, numel, stream);
-    case DType::kFloat64:
-      return launch_scale<double>(scaling, numel, stream);
-    default:
-      return;  // gradients are no integers
-  }
+  with_float<CudaHalf>(scaling.dtype, [&](auto tag) {
+    launch_scale<decltype(tag)>(scaling, numel, static_cast<cudaStream_t>(stream_handle));
+  });
 }
 
 }  // namespace fused_bce

@@ -11,9 +11,9 @@
 
 namespace fused_bce {
 
-// A byte that is not 0 is true.
-struct Boolean {
-  uint8_t byte;
+struct CudaHalf {
+  using Float16 = __half;
+  using BFloat16 = __nv_bfloat16;
 };
 
 // N elements, in accesses of 16 bytes where they are as many.
@@ -113,60 +113,19 @@ __device__ __forceinline__ Pack<S, N> scaled(const Pack<S, N>& stored, const C (
   return narrow(out, S{});
 }
 
-// For a dtype known at run time only: one branch, the same for all threads. f gets a value of the
-// storage type.
-template <class F>
-__device__ __forceinline__ void with_dtype(DType dtype, F f) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return f(__half{});
-    case DType::kBFloat16:
-      return f(__nv_bfloat16{});
-    case DType::kFloat32:
-      return f(float{});
-    case DType::kFloat64:
-      return f(double{});
-    default:
-      return;  // integers are targets: with_target_dtype
-  }
-}
-
-template <class F>
-__device__ __forceinline__ void with_target_dtype(DType dtype, F f) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return f(__half{});
-    case DType::kBFloat16:
-      return f(__nv_bfloat16{});
-    case DType::kFloat32:
-      return f(float{});
-    case DType::kFloat64:
-      return f(double{});
-    case DType::kBool:
-      return f(Boolean{});
-    case DType::kUInt8:
-      return f(uint8_t{});
-    case DType::kInt8:
-      return f(int8_t{});
-    case DType::kInt16:
-      return f(int16_t{});
-    case DType::kInt32:
-      return f(int32_t{});
-    case DType::kInt64:
-      return f(int64_t{});
-  }
-}
-
+// For a dtype known at run time only: one branch, the same for all threads.
 template <class C>
 __device__ __forceinline__ C load_any(const void* data, DType dtype, int64_t i) {
   C value{};
-  with_dtype(dtype, [&](auto tag) { convert(static_cast<const decltype(tag)*>(data)[i], value); });
+  with_float<CudaHalf>(
+      dtype, [&](auto tag) { convert(static_cast<const decltype(tag)*>(data)[i], value); });
   return value;
 }
 
 template <class C>
 __device__ __forceinline__ void store_any(C value, DType dtype, int64_t i, void* data) {
-  with_dtype(dtype, [&](auto tag) { convert(value, static_cast<decltype(tag)*>(data)[i]); });
+  with_float<CudaHalf>(dtype,
+                       [&](auto tag) { convert(value, static_cast<decltype(tag)*>(data)[i]); });
 }
 
 }  // namespace fused_bce
