@@ -1,6 +1,6 @@
 // The gradient wiring: what runs in forward, what in backward.
 #include <ATen/SavedTensorHooks.h>
-#include <ATen/autocast_mode.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/core/Reduction.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/log_sigmoid.h>
@@ -8,16 +8,17 @@
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/where.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <algorithm>
 
 #include "ops.h"
 
 namespace fused_bce {
-namespace {
 
 using at::Tensor;
+
+namespace {
+
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
@@ -29,12 +30,8 @@ auto op(const char* name) {
 
 template <class... Arguments>
 Tensor call_loss(const Arguments&... arguments) {
-  static const auto loss = op<LossSignature>("fused_bce::binary_cross_entropy_with_logits");
+  static const auto loss = op<LossSignature>(kLossName);
   return loss.call(arguments...);
-}
-
-at::ScalarType at_least_float(at::ScalarType type) {
-  return type == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 // What a backward starts from.
@@ -100,20 +97,6 @@ OptionalTensor divisor_for(const Tensor& target, int64_t reduction, OptionalInde
   if (given || !counts) return given;
   static const auto count_kept = op<CountSignature>("fused_bce::count_kept");
   return count_kept.call(target, ignore_index, ignore_nan);
-}
-
-Tensor differentiable_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
-                               const OptionalTensor& weight, const OptionalTensor& pos_weight,
-                               int64_t reduction, const OptionalTensor& label_smoothing,
-                               OptionalIndex ignore_index, bool ignore_nan,
-                               const OptionalTensor& divisor) {
-  const Saved saved{
-      logits,          target,
-      weight,          pos_weight,
-      label_smoothing, divisor_for(target, reduction, ignore_index, ignore_nan, divisor),
-      reduction,       ignore_index,
-      ignore_nan};
-  return saved.differentiable_grad_logits(grad_loss);
 }
 
 bool has_tangent(const Tensor& t) { return t.defined() && t._fw_grad(/*level=*/0).defined(); }
@@ -230,6 +213,8 @@ void check_not_differentiated(const char* name, const OptionalTensor& t) {
               name, "'. This input cannot have requires_grad True.");
 }
 
+}  // namespace
+
 Tensor autograd(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                 const OptionalTensor& pos_weight, int64_t reduction, OptionalDtype dtype,
                 const OptionalTensor& label_smoothing, OptionalIndex ignore_index, bool ignore_nan,
@@ -251,38 +236,23 @@ Tensor autograd(const Tensor& logits, const Tensor& target, const OptionalTensor
                    ignore_index, ignore_nan, divisor, recompute);
 }
 
-// Autocast runs this loss in float32. The kernel widens as it reads, so that only the dtype of the
-// result is set, and no operand is cast in memory.
-template <c10::DeviceType device>
-Tensor autocast(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                const OptionalTensor& pos_weight, int64_t reduction, OptionalDtype,
-                const OptionalTensor& label_smoothing, OptionalIndex ignore_index, bool ignore_nan,
-                const OptionalTensor& divisor, bool recompute) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(
-      at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  const Tensor& decides =
-      at::isIntegralType(target.scalar_type(), /*includeBool=*/true) ? logits : target;
-  const OptionalDtype dtype = at_least_float(decides.scalar_type());
-  return call_loss(logits, target, weight, pos_weight, reduction, dtype, label_smoothing,
-                   ignore_index, ignore_nan, divisor, recompute);
+Tensor differentiable_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
+                               const OptionalTensor& weight, const OptionalTensor& pos_weight,
+                               int64_t reduction, const OptionalTensor& label_smoothing,
+                               OptionalIndex ignore_index, bool ignore_nan,
+                               const OptionalTensor& divisor) {
+  const Saved saved{
+      logits,          target,
+      weight,          pos_weight,
+      label_smoothing, divisor_for(target, reduction, ignore_index, ignore_nan, divisor),
+      reduction,       ignore_index,
+      ignore_nan};
+  return saved.differentiable_grad_logits(grad_loss);
 }
-
-}  // namespace
 
 Tensor scaled_by_torch(const Tensor& stored, const Tensor& grad_loss, bool zero_stays) {
   const Tensor scaled = (stored * factor_for(stored, grad_loss)).to(stored.scalar_type());
   return zero_stays ? at::where(stored == 0, stored, scaled) : scaled;
-}
-
-void register_autograd() {
-  static torch::Library library(torch::Library::IMPL, "fused_bce", std::nullopt, __FILE__,
-                                __LINE__);
-  constexpr const char* kName = "binary_cross_entropy_with_logits";
-  library.impl(kName, c10::DispatchKey::Autograd, &autograd);
-  library.impl(kName, c10::DispatchKey::AutocastCPU, &autocast<c10::kCPU>);
-  library.impl(kName, c10::DispatchKey::AutocastCUDA, &autocast<c10::kCUDA>);
-  library.impl("differentiable_backward", c10::DispatchKey::CompositeImplicitAutograd,
-               &differentiable_backward);
 }
 
 }  // namespace fused_bce

@@ -56,7 +56,6 @@ std::vector<std::string> instruction_set_names() {
 PYBIND11_MODULE(_C, m) {
   check_torch_version();
   fused_bce::register_ops();
-  fused_bce::register_autograd();
   m.def("build_info", &build_info);
   m.def("instruction_sets", &instruction_set_names);
   m.def("current_instruction_set", [] { return fused_bce::current_instruction_set().name; });

@@ -1,5 +1,4 @@
-// The operators fused_bce::*. Importing the module registers them; they are not static
-// initialisers, so that the version of torch is compared before torch is called.
+// The operators fused_bce::* and what they are made of. schemas.cpp has their names and schemas.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,6 +12,8 @@ namespace fused_bce {
 using OptionalTensor = std::optional<at::Tensor>;
 using OptionalDtype = std::optional<at::ScalarType>;
 using OptionalIndex = std::optional<int64_t>;
+
+constexpr const char* kLossName = "fused_bce::binary_cross_entropy_with_logits";
 
 // logits, target, weight, pos_weight, reduction, dtype of the loss, label_smoothing, ignore_index,
 // ignore_nan, divisor, recompute. The dtype is that of the target if absent, or of the logits if
@@ -37,10 +38,35 @@ using CountSignature = at::Tensor(const at::Tensor&, OptionalIndex, bool);
 // is.
 using ScaleSignature = void(at::Tensor&, const at::Tensor&, bool);
 
+// losses.cpp: on dense operands of the CPU and, with CUDA, of a GPU.
+LossSignature forward;
+LossAndGradSignature forward_with_grad;
+GradSignature backward;
+CountSignature count_kept;
+ScaleSignature scale_;
+
+// autograd.cpp
+LossSignature autograd;
+// What backward is in torch's operations, hence differentiable.
+GradSignature differentiable_backward;
 // stored * grad_loss, rounded as by scale_, in torch's operations.
 at::Tensor scaled_by_torch(const at::Tensor& stored, const at::Tensor& grad_loss, bool zero_stays);
 
+inline bool is_integer(at::ScalarType type) {
+  return at::isIntegralType(type, /*includeBool=*/true);
+}
+
+// That of the loss, if nobody asks for another.
+inline at::ScalarType dtype_of_loss(const at::Tensor& logits, const at::Tensor& target) {
+  return is_integer(target.scalar_type()) ? logits.scalar_type() : target.scalar_type();
+}
+
+inline at::ScalarType at_least_float(at::ScalarType type) {
+  return type == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// Importing the module does this; it is no static initialiser, so that the version of torch is
+// compared before torch is called.
 void register_ops();
-void register_autograd();
 
 }  // namespace fused_bce

@@ -1,5 +1,5 @@
-"""What PyTorch must know of the operators beside their kernels (csrc/ops.cpp) and their gradient
-(csrc/autograd.cpp): the shapes that they return, for tracing, and how they are sharded."""
+"""What PyTorch must know of the operators beside what csrc/schemas.cpp tells it: how they are
+sharded, and what compilers must not look into."""
 
 import functools
 
@@ -9,59 +9,6 @@ from torch import Tensor
 ops = torch.ops.fused_bce
 
 _NONE = 0  # torch.nn._reduction's number
-
-
-def dtype_of_loss(logits: Tensor, target: Tensor) -> torch.dtype:
-    return target.dtype if target.is_floating_point() else logits.dtype
-
-
-@torch.library.register_fake(ops.binary_cross_entropy_with_logits.default)
-def _(
-    logits,
-    target,
-    weight=None,
-    pos_weight=None,
-    reduction=1,
-    dtype=None,
-    *_,
-    **__,
-):
-    if target.shape != logits.shape:
-        raise ValueError(
-            f"Target size ({target.shape}) must be the same as input size ({logits.shape})"
-        )
-    # Raises where a weight does not broadcast into the logits.
-    for operand in (pos_weight, weight):
-        if operand is not None:
-            operand.expand(logits.shape)
-    if dtype is None:
-        dtype = dtype_of_loss(logits, target)
-    if reduction == _NONE:
-        return torch.empty_like(target, dtype=dtype)
-    return logits.new_empty((), dtype=dtype)
-
-
-@torch.library.register_fake(ops.forward_with_grad.default)
-def _(logits, target, weight, pos_weight, reduction, dtype=None, *extras, **named_extras):
-    loss = ops.binary_cross_entropy_with_logits(
-        logits, target, weight, pos_weight, reduction, dtype, *extras, **named_extras
-    )
-    return loss, torch.empty_like(logits)
-
-
-@torch.library.register_fake(ops.backward.default)
-def _(grad_loss, logits, *_, **__):
-    return torch.empty_like(logits)
-
-
-@torch.library.register_fake(ops.scale_.default)
-def _(grad_logits, grad_loss, zero_stays=False):
-    return None
-
-
-@torch.library.register_fake(ops.count_kept.default)
-def _(target, ignore_index, ignore_nan=False):
-    return target.new_empty((), dtype=torch.float64)
 
 
 def constant_in_graphs(function):

@@ -1,22 +1,15 @@
-// The operators: schemas, checks, layouts, allocation. Once, for all backends.
-#include "ops.h"
-
-#include <ATen/EmptyTensor.h>
+// The pointwise operators: checks, a call as the kernels take it, launch. Once, for all backends.
 #include <ATen/ExpandUtils.h>
 #include <ATen/core/Reduction.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_strided.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
-#include <torch/library.h>
 
-#include <algorithm>
-#include <numeric>
 #include <tuple>
 
-#include "cpu/allocator.h"
+#include "operands.h"
+#include "ops.h"
 #include "problem.h"
 
 #if defined(FUSED_BCE_CUDA)
@@ -24,47 +17,10 @@
 #endif
 
 namespace fused_bce {
-namespace {
 
 using at::Tensor;
 
-bool is_integer(at::ScalarType type) { return at::isIntegralType(type, /*includeBool=*/true); }
-
-// NotImplementedError for what neither is a float nor, if they are allowed, an integer.
-DType dtype_of(const char* name, at::ScalarType type, bool integers = false) {
-  switch (type) {
-    case at::kHalf:
-      return DType::kFloat16;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kDouble:
-      return DType::kFloat64;
-    default:
-      break;
-  }
-  TORCH_CHECK_NOT_IMPLEMENTED(integers && is_integer(type), name,
-                              " must be float16, bfloat16, float32 or float64, not ", type);
-  switch (type) {
-    case at::kBool:
-      return DType::kBool;
-    case at::kByte:
-      return DType::kUInt8;
-    case at::kChar:
-      return DType::kInt8;
-    case at::kShort:
-      return DType::kInt16;
-    case at::kInt:
-      return DType::kInt32;
-    case at::kLong:
-      return DType::kInt64;
-    default:
-      TORCH_CHECK_NOT_IMPLEMENTED(false, name, " must not be ", type);
-  }
-}
-
-DType target_dtype_of(at::ScalarType type) { return dtype_of("target", type, /*integers=*/true); }
+namespace {
 
 void check_broadcasts_into(const Tensor& logits, const at::DimVector& broadcast) {
   TORCH_CHECK(logits.sizes() == broadcast, "output with shape ", logits.sizes(),
@@ -84,105 +40,6 @@ void check_operands(const Tensor& logits, const Tensor& target, const OptionalTe
     check_broadcasts_into(logits, at::infer_size_dimvector(logits.sizes(), weight->sizes()));
 }
 
-// Strides matter only along dimensions of more than one element.
-bool has_strides(const Tensor& t, at::IntArrayRef strides) {
-  for (int64_t d = 0; d < t.dim(); ++d)
-    if (t.size(d) != 1 && t.stride(d) != strides[d]) return false;
-  return true;
-}
-
-// Those of what torch computes from `t`: without its gaps, the dimensions in their order.
-at::DimVector dense_strides(const Tensor& t) {
-  if (t.is_non_overlapping_and_dense()) return at::DimVector(t.strides());
-  return at::DimVector(at::infer_dense_strides(t.sizes(), t.strides()));
-}
-
-Tensor allocate(at::IntArrayRef sizes, at::IntArrayRef strides, const at::TensorOptions& options) {
-  const auto dtype = c10::typeMetaToScalarType(options.dtype());
-  const auto bytes = c10::multiply_integers(sizes) * c10::elementSize(dtype);
-  if (options.device().is_cpu() && bytes >= kLargeBlock)
-    return at::detail::empty_strided_generic(sizes, strides, large_block_allocator(),
-                                             c10::DispatchKeySet(c10::DispatchKey::CPU), dtype);
-  return at::empty_strided(sizes, strides, options);
-}
-
-// Itself if it is there already.
-Tensor in_layout(const Tensor& t, at::IntArrayRef strides) {
-  if (t.is_non_overlapping_and_dense() && has_strides(t, strides)) return t;
-  return allocate(t.sizes(), strides, t.options()).copy_(t);
-}
-
-// The walk goes through memory in the order of this tensor.
-Tensor anchor_of(const Tensor& t) { return in_layout(t, dense_strides(t)); }
-
-// A new tensor along the walk.
-Tensor allocate_like(const Tensor& anchor, at::ScalarType dtype) {
-  return allocate(anchor.sizes(), anchor.strides(), anchor.options().dtype(dtype));
-}
-
-Tensor along_walk(const Tensor& t, const Tensor& anchor) { return in_layout(t, anchor.strides()); }
-
-// The dimensions of the walk, outermost first.
-c10::SmallVector<int64_t, 6> walk_order(const Tensor& anchor) {
-  c10::SmallVector<int64_t, 6> order(anchor.dim());
-  std::iota(order.begin(), order.end(), 0);
-  if (!anchor.is_contiguous())
-    std::stable_sort(order.begin(), order.end(),
-                     [&](int64_t a, int64_t b) { return anchor.stride(a) > anchor.stride(b); });
-  return order;
-}
-
-// Sizes and strides of `expanded` along the walk, merged where one step leads on to the next.
-struct Dim {
-  int64_t size, stride;
-};
-c10::SmallVector<Dim, 6> merged_dims(const Tensor& expanded, const Tensor& anchor) {
-  c10::SmallVector<Dim, 6> dims;
-  for (const int64_t d : walk_order(anchor)) {
-    const Dim next{expanded.size(d), expanded.stride(d)};
-    if (next.size == 1) continue;
-    if (!dims.empty() && dims.back().stride == next.stride * next.size)
-      dims.back() = {dims.back().size * next.size, next.stride};
-    else
-      dims.push_back(next);
-  }
-  return dims;
-}
-
-// `t` as an operand of the walk, not materialised if it varies along one (merged) dimension only.
-// What it refers to is kept alive in `t`.
-Broadcast broadcast_along(const char* name, Tensor& t, const Tensor& anchor, bool in_double) {
-  TORCH_CHECK(!t.is_complex(), name, " must be real, not ", t.scalar_type());
-  // A number on the CPU goes with any device. Filled in, not copied: a copy would not be safe in a
-  // captured graph.
-  if (t.is_cpu() && t.dim() == 0 && !anchor.is_cpu())
-    t = at::full({}, t.item(), anchor.options().dtype(in_double ? at::kDouble : at::kFloat));
-  TORCH_CHECK(t.device() == anchor.device(), "logits are on ", anchor.device(), " but ", name,
-              " is on ", t.device());
-  const bool readable = at::isFloatingType(t.scalar_type()) && !at::isFloat8Type(t.scalar_type());
-  if (!readable || (t.scalar_type() == at::kDouble && !in_double))
-    t = t.to(in_double ? at::kDouble : at::kFloat);
-
-  const auto view = [&](int64_t channels, int64_t inner, int64_t stride) {
-    return Broadcast{t.const_data_ptr(), dtype_of(name, t.scalar_type()), channels, inner, stride};
-  };
-  if (t.numel() == 1) return view(1, 1, 0);
-
-  const Tensor expanded = t.expand(anchor.sizes());
-  const auto dims = merged_dims(expanded, anchor);
-  auto d = dims.rbegin();
-  const int64_t inner = d != dims.rend() && d->stride == 0 ? (d++)->size : 1;
-  if (d != dims.rend()) {
-    const Dim channels = *d++;
-    const bool one_outer = d == dims.rend() || (d->stride == 0 && d + 1 == dims.rend());
-    if (one_outer) return view(channels.size, inner, channels.stride);
-  } else {
-    return view(1, 1, 0);
-  }
-  t = along_walk(expanded, anchor);
-  return view(anchor.numel(), 1, 1);
-}
-
 // Compared in float32, which holds all integers up to there.
 Ignored ignored_of(OptionalIndex ignore_index, bool ignore_nan) {
   constexpr int64_t kMost = int64_t{1} << 24;
@@ -194,23 +51,6 @@ Ignored ignored_of(OptionalIndex ignore_index, bool ignore_nan) {
     ignored.index = static_cast<double>(*ignore_index);
   }
   return ignored;
-}
-
-Tensor count_kept(const Tensor& target, OptionalIndex ignore_index, bool ignore_nan) {
-  const Ignored ignored = ignored_of(ignore_index, ignore_nan);
-  const c10::DeviceGuard device(target.device());
-  const Tensor dense = anchor_of(target);
-  const Dense operand{dense.const_data_ptr(), target_dtype_of(dense.scalar_type())};
-  Tensor count = at::zeros({}, target.options().dtype(at::kDouble));
-#if defined(FUSED_BCE_CUDA)
-  if (target.is_cuda()) {
-    launch_cuda_count_kept(operand, dense.numel(), ignored, count.mutable_data_ptr<double>(),
-                           c10::cuda::getCurrentCUDAStream());
-    return count;
-  }
-#endif
-  *count.mutable_data_ptr<double>() = count_kept_cpu(operand, dense.numel(), ignored);
-  return count;
 }
 
 // What a call may have beyond torch's own.
@@ -335,10 +175,6 @@ struct Call {
   }
 };
 
-at::ScalarType dtype_of_loss(const Tensor& logits, const Tensor& target) {
-  return is_integer(target.scalar_type()) ? logits.scalar_type() : target.scalar_type();
-}
-
 std::tuple<Tensor, Tensor> run_forward(const Tensor& logits, const Tensor& target,
                                        const OptionalTensor& weight,
                                        const OptionalTensor& pos_weight, int64_t reduction,
@@ -350,6 +186,25 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& logits, const Tensor& targe
   const Tensor grad_logits = with_grad ? call.new_grad_logits() : Tensor();
   call.launch();
   return {std::move(loss), with_grad ? Call::finished(grad_logits, logits) : Tensor()};
+}
+
+}  // namespace
+
+Tensor count_kept(const Tensor& target, OptionalIndex ignore_index, bool ignore_nan) {
+  const Ignored ignored = ignored_of(ignore_index, ignore_nan);
+  const c10::DeviceGuard device(target.device());
+  const Tensor dense = anchor_of(target);
+  const Dense operand{dense.const_data_ptr(), target_dtype_of(dense.scalar_type())};
+  Tensor count = at::zeros({}, target.options().dtype(at::kDouble));
+#if defined(FUSED_BCE_CUDA)
+  if (target.is_cuda()) {
+    launch_cuda_count_kept(operand, dense.numel(), ignored, count.mutable_data_ptr<double>(),
+                           c10::cuda::getCurrentCUDAStream());
+    return count;
+  }
+#endif
+  *count.mutable_data_ptr<double>() = count_kept_cpu(operand, dense.numel(), ignored);
+  return count;
 }
 
 Tensor forward(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
@@ -415,52 +270,6 @@ Tensor backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& tar
   Tensor finished = Call::finished(grad_logits, logits);
   if (scaled_last) scale_(finished, grad_loss, call.problem.ignored.any());
   return finished;
-}
-
-constexpr c10::DispatchKey kBackends[] = {
-    c10::DispatchKey::CPU,
-#if defined(FUSED_BCE_CUDA)
-    c10::DispatchKey::CUDA,
-#endif
-};
-
-}  // namespace
-
-void register_ops() {
-  // Never destroyed: nobody unloads an extension module.
-  static auto& definitions =
-      *new torch::Library(torch::Library::DEF, "fused_bce", std::nullopt, __FILE__, __LINE__);
-  definitions.def(
-      "binary_cross_entropy_with_logits(Tensor logits, Tensor target, Tensor? weight=None, "
-      "Tensor? pos_weight=None, int reduction=1, ScalarType? dtype=None, "
-      "Tensor? label_smoothing=None, int? ignore_index=None, bool ignore_nan=False, "
-      "Tensor? divisor=None, bool recompute=False) -> Tensor");
-  definitions.def(
-      "forward_with_grad(Tensor logits, Tensor target, Tensor? weight, Tensor? pos_weight, "
-      "int reduction, ScalarType? dtype=None, Tensor? label_smoothing=None, "
-      "int? ignore_index=None, bool ignore_nan=False, Tensor? divisor=None) "
-      "-> (Tensor loss, Tensor grad_logits)");
-  definitions.def(
-      "backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, "
-      "Tensor? pos_weight, int reduction, Tensor? label_smoothing=None, int? ignore_index=None, "
-      "bool ignore_nan=False, Tensor? divisor=None) -> Tensor");
-  // What backward is in torch's operations, hence differentiable.
-  definitions.def(
-      "differentiable_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, "
-      "Tensor? pos_weight, int reduction, Tensor? label_smoothing=None, int? ignore_index=None, "
-      "bool ignore_nan=False, Tensor? divisor=None) -> Tensor");
-  definitions.def("count_kept(Tensor target, int? ignore_index, bool ignore_nan=False) -> Tensor");
-  definitions.def("scale_(Tensor(a!) grad_logits, Tensor grad_loss, bool zero_stays=False) -> ()");
-
-  for (const auto key : kBackends) {
-    auto* const library =
-        new torch::Library(torch::Library::IMPL, "fused_bce", key, __FILE__, __LINE__);
-    library->impl("binary_cross_entropy_with_logits", &forward);
-    library->impl("forward_with_grad", &forward_with_grad);
-    library->impl("backward", &backward);
-    library->impl("scale_", &scale_);
-    library->impl("count_kept", &count_kept);
-  }
 }
 
 }  // namespace fused_bce

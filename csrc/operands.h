@@ -1,0 +1,32 @@
+// Operands as the kernels take them: dtypes, the walk through memory, broadcasts, allocation.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "problem.h"
+
+namespace fused_bce {
+
+// NotImplementedError for what neither is a float nor, if they are allowed, an integer.
+DType dtype_of(const char* name, at::ScalarType type, bool integers = false);
+inline DType target_dtype_of(at::ScalarType type) {
+  return dtype_of("target", type, /*integers=*/true);
+}
+
+// The strides of what torch computes from `t`: without its gaps, the dimensions in their order.
+at::DimVector dense_strides(const at::Tensor& t);
+
+// `t` with these strides, itself if it has them.
+at::Tensor in_layout(const at::Tensor& t, at::IntArrayRef strides);
+
+// The walk goes through memory in the order of this tensor, which is `t` or a dense copy.
+at::Tensor anchor_of(const at::Tensor& t);
+at::Tensor along_walk(const at::Tensor& t, const at::Tensor& anchor);
+at::Tensor allocate_like(const at::Tensor& anchor, at::ScalarType dtype);
+
+// `t` as an operand of the walk, not materialised if it varies along one (merged) dimension only.
+// What it refers to is kept alive in `t`.
+Broadcast broadcast_along(const char* name, at::Tensor& t, const at::Tensor& anchor,
+                          bool in_double);
+
+}  // namespace fused_bce

@@ -1,0 +1,75 @@
+// Every operator of this package: its schema, and what runs for which dispatch key.
+#include <torch/library.h>
+
+#include "autocast.h"
+#include "meta.h"
+#include "ops.h"
+
+namespace fused_bce {
+namespace {
+
+constexpr c10::DispatchKey kBackends[] = {
+    c10::DispatchKey::CPU,
+#if defined(FUSED_BCE_CUDA)
+    c10::DispatchKey::CUDA,
+#endif
+};
+
+// Never destroyed: nobody unloads an extension module.
+torch::Library& library(torch::Library::Kind kind, std::optional<c10::DispatchKey> key) {
+  return *new torch::Library(kind, "fused_bce", key, __FILE__, __LINE__);
+}
+
+torch::Library& implementations(c10::DispatchKey key) { return library(torch::Library::IMPL, key); }
+
+}  // namespace
+
+void register_ops() {
+  torch::Library& definitions = library(torch::Library::DEF, std::nullopt);
+  definitions.def(
+      "binary_cross_entropy_with_logits(Tensor logits, Tensor target, Tensor? weight=None, "
+      "Tensor? pos_weight=None, int reduction=1, ScalarType? dtype=None, "
+      "Tensor? label_smoothing=None, int? ignore_index=None, bool ignore_nan=False, "
+      "Tensor? divisor=None, bool recompute=False) -> Tensor");
+  definitions.def(
+      "forward_with_grad(Tensor logits, Tensor target, Tensor? weight, Tensor? pos_weight, "
+      "int reduction, ScalarType? dtype=None, Tensor? label_smoothing=None, "
+      "int? ignore_index=None, bool ignore_nan=False, Tensor? divisor=None) "
+      "-> (Tensor loss, Tensor grad_logits)");
+  definitions.def(
+      "backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, "
+      "Tensor? pos_weight, int reduction, Tensor? label_smoothing=None, int? ignore_index=None, "
+      "bool ignore_nan=False, Tensor? divisor=None) -> Tensor");
+  definitions.def(
+      "differentiable_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, "
+      "Tensor? pos_weight, int reduction, Tensor? label_smoothing=None, int? ignore_index=None, "
+      "bool ignore_nan=False, Tensor? divisor=None) -> Tensor");
+  definitions.def("count_kept(Tensor target, int? ignore_index, bool ignore_nan=False) -> Tensor");
+  definitions.def("scale_(Tensor(a!) grad_logits, Tensor grad_loss, bool zero_stays=False) -> ()");
+
+  for (const auto key : kBackends) {
+    torch::Library& backend = implementations(key);
+    backend.impl("binary_cross_entropy_with_logits", &forward);
+    backend.impl("forward_with_grad", &forward_with_grad);
+    backend.impl("backward", &backward);
+    backend.impl("count_kept", &count_kept);
+    backend.impl("scale_", &scale_);
+  }
+  torch::Library& meta = implementations(c10::DispatchKey::Meta);
+  meta.impl("binary_cross_entropy_with_logits", static_cast<LossSignature*>(meta::forward));
+  meta.impl("forward_with_grad", static_cast<LossAndGradSignature*>(meta::forward_with_grad));
+  meta.impl("backward", static_cast<GradSignature*>(meta::backward));
+  meta.impl("count_kept", &meta::count_kept);
+  meta.impl("scale_", &meta::scale_);
+
+  constexpr const char* kLoss = "binary_cross_entropy_with_logits";
+  implementations(c10::DispatchKey::Autograd).impl(kLoss, &autograd);
+  implementations(c10::DispatchKey::AutocastCPU)
+      .impl(kLoss, static_cast<LossSignature*>(autocast<c10::kCPU>));
+  implementations(c10::DispatchKey::AutocastCUDA)
+      .impl(kLoss, static_cast<LossSignature*>(autocast<c10::kCUDA>));
+  implementations(c10::DispatchKey::CompositeImplicitAutograd)
+      .impl("differentiable_backward", &differentiable_backward);
+}
+
+}  // namespace fused_bce
