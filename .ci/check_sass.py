@@ -18,11 +18,12 @@ from pathlib import Path
 
 # Mangled name and most instructions an element. Pass 1 is kSumAndGrad, b0 without weights. At the
 # full bandwidth of a Hopper GPU there is time for 106, 53, 80 and 44.
+LOSS = "loss_kernelINS_18BinaryCrossEntropyE"
 KERNELS = {
-    "float32": ("bce_kernelIffLNS_4PassE1ELb0E", 36),
-    "bfloat16": ("bce_kernelI13__nv_bfloat16S1_LNS_4PassE1ELb0E", 36),
-    "float32, bool targets": ("bce_kernelIfNS_7BooleanELNS_4PassE1ELb0E", 37),
-    "bfloat16, bool targets": ("bce_kernelI13__nv_bfloat16NS_7BooleanELNS_4PassE1ELb0E", 37),
+    "float32": (LOSS + "ffLNS_4PassE1ELb0E", 36),
+    "bfloat16": (LOSS + "13__nv_bfloat16S2_LNS_4PassE1ELb0E", 36),
+    "float32, bool targets": (LOSS + "fNS_7BooleanELNS_4PassE1ELb0E", 37),
+    "bfloat16, bool targets": (LOSS + "13__nv_bfloat16NS_7BooleanELNS_4PassE1ELb0E", 37),
 }
 
 

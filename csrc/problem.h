@@ -1,4 +1,4 @@
-// A checked call, as plain data: the bridge from ops.cpp to the backends.
+// A checked call, as plain data: the bridge from losses.cpp to the backends.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +24,9 @@ struct Broadcast {
   int64_t stride = 0;
 };
 
+// What an element's loss is: formulas/formulas.h.
+enum class FormulaId : uint8_t { kBinaryCrossEntropy };
+
 enum class Reduction : uint8_t { kNone, kMean, kSum };
 
 // The targets that have neither loss nor gradient.
@@ -36,6 +39,7 @@ struct Ignored {
 
 // The arithmetic is done in double if logits or target are float64, else in float.
 struct Problem {
+  FormulaId formula = FormulaId::kBinaryCrossEntropy;
   int64_t numel = 0;
   Dense logits;
   Dense target;

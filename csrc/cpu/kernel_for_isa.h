@@ -30,7 +30,7 @@ FUSED_BCE_PRAGMA(clang attribute push(__attribute__((target(FUSED_BCE_TARGET))),
 FUSED_BCE_PRAGMA(GCC target(FUSED_BCE_TARGET))
 #endif
 
-#include "../formulas/bce.h"
+#include "../formulas/formulas.h"
 
 namespace fused_bce {
 namespace FUSED_BCE_ISA {

@@ -31,9 +31,9 @@ double sum_of_lanes(const Vec<T>& x) {
   return sum;
 }
 
-template <Pass kPass, bool kHasWeight, bool kHasPosWeight, bool kHasExtras, class T, class L,
-          class S>
-double run_tile(const Tile<T, L, S>& tile) {
+template <Pass kPass, bool kHasWeight, bool kHasPosWeight, bool kHasExtras, class Formula, class T,
+          class L, class S>
+double run_tile(const Formula& formula, const Tile<T, L, S>& tile) {
   using V = Vec<T>;
   // Several sums: short runs in T keep the rounding errors down, and the additions overlap.
   constexpr int kSums = 4;
@@ -46,7 +46,8 @@ double run_tile(const Tile<T, L, S>& tile) {
     const V pos_weight = kHasPosWeight ? V::load(t.pos_weight + i) : V(1);
     const V given = widen(t.target + i);
     const V target = kHasExtras ? fma(given, V(t.target_scale), V(t.target_shift)) : given;
-    LossAndGrad<V> r = bce_with_logits<kHasPosWeight>(widen(t.logits + i), target, pos_weight);
+    LossAndGrad<V> r =
+        formula.template evaluate<kHasPosWeight>(widen(t.logits + i), target, pos_weight);
     if (kHasWeight) {
       const V weight = V::load(t.weight + i);
       r.loss = r.loss * weight;
@@ -72,36 +73,36 @@ double run_tile(const Tile<T, L, S>& tile) {
   return sum;
 }
 
-template <class T, class L, class S>
-using RunTile = double (*)(const Tile<T, L, S>&);
+template <class Formula, class T, class L, class S>
+using RunTile = double (*)(const Formula&, const Tile<T, L, S>&);
 
-template <Pass kPass, class T, class L, class S>
-RunTile<T, L, S> choose_weights(const Problem& p) {
+template <Pass kPass, class Formula, class T, class L, class S>
+RunTile<Formula, T, L, S> choose_weights(const Problem& p) {
   if constexpr (std::is_same_v<L, T> && std::is_same_v<S, T>)
-    if (has_extras(p)) return run_tile<kPass, true, true, true, T, L, S>;
+    if (has_extras(p)) return run_tile<kPass, true, true, true, Formula, T, L, S>;
   const bool weight = p.weight.data || (p.grad_loss.data && folds_grad_loss(p));
   if (p.pos_weight.data)
-    return weight ? run_tile<kPass, true, true, false, T, L, S>
-                  : run_tile<kPass, false, true, false, T, L, S>;
-  return weight ? run_tile<kPass, true, false, false, T, L, S>
-                : run_tile<kPass, false, false, false, T, L, S>;
+    return weight ? run_tile<kPass, true, true, false, Formula, T, L, S>
+                  : run_tile<kPass, false, true, false, Formula, T, L, S>;
+  return weight ? run_tile<kPass, true, false, false, Formula, T, L, S>
+                : run_tile<kPass, false, false, false, Formula, T, L, S>;
 }
 
-template <class T, class L, class S>
-RunTile<T, L, S> choose_pass(const Problem& p) {
+template <class Formula, class T, class L, class S>
+RunTile<Formula, T, L, S> choose_pass(const Problem& p) {
   switch (pass_of(p)) {
     case Pass::kSum:
-      return choose_weights<Pass::kSum, T, L, S>(p);
+      return choose_weights<Pass::kSum, Formula, T, L, S>(p);
     case Pass::kSumAndGrad:
-      return choose_weights<Pass::kSumAndGrad, T, L, S>(p);
+      return choose_weights<Pass::kSumAndGrad, Formula, T, L, S>(p);
     case Pass::kLosses:
-      return choose_weights<Pass::kLosses, T, L, S>(p);
+      return choose_weights<Pass::kLosses, Formula, T, L, S>(p);
     case Pass::kLossesAndGrad:
-      return choose_weights<Pass::kLossesAndGrad, T, L, S>(p);
+      return choose_weights<Pass::kLossesAndGrad, Formula, T, L, S>(p);
     case Pass::kGrad:
       break;
   }
-  return choose_weights<Pass::kGrad, T, L, S>(p);
+  return choose_weights<Pass::kGrad, Formula, T, L, S>(p);
 }
 
 // One stored number as a T: what has no road through vectors.
@@ -259,9 +260,9 @@ class DenseWriter {
 
 // T is the type of the arithmetic. L and S are those in which logits and target are read: their
 // own, or T, to which any other is converted tile by tile.
-template <class T, class L, class S>
-double run_range(const Problem& p, int64_t begin, int64_t end) {
-  const RunTile<T, L, S> run = choose_pass<T, L, S>(p);
+template <class T, class L, class S, class Formula>
+double run_range(const Formula& formula, const Problem& p, int64_t begin, int64_t end) {
+  const auto run = choose_pass<Formula, T, L, S>(p);
   // With extras there is a weight always.
   static constexpr T kOne = 1;
   const Broadcast one{&kOne, kDTypeOf<T>};
@@ -293,7 +294,7 @@ double run_range(const Problem& p, int64_t begin, int64_t end) {
     tile.ignore_nan = p.ignored.nan;
     tile.target_scale = static_cast<T>(p.target_scale);
     tile.target_shift = static_cast<T>(p.target_shift);
-    sum += run(tile);
+    sum += run(formula, tile);
     losses.finish(i, count);
     grad_logits.finish(i, count);
   }
@@ -301,17 +302,18 @@ double run_range(const Problem& p, int64_t begin, int64_t end) {
 }
 
 // Half types are read as they are; every other target is brought to the arithmetic's type.
-double run_any(const Problem& p, int64_t begin, int64_t end) {
+template <class Formula>
+double run_any(const Formula& formula, const Problem& p, int64_t begin, int64_t end) {
   const bool alike = p.logits.dtype == p.target.dtype;
-  if (computes_in_double(p)) return run_range<double, double, double>(p, begin, end);
-  if (has_extras(p)) return run_range<float, float, float>(p, begin, end);
+  if (computes_in_double(p)) return run_range<double, double, double>(formula, p, begin, end);
+  if (has_extras(p)) return run_range<float, float, float>(formula, p, begin, end);
   if (p.logits.dtype == DType::kBFloat16)
-    return alike ? run_range<float, BFloat16, BFloat16>(p, begin, end)
-                 : run_range<float, BFloat16, float>(p, begin, end);
+    return alike ? run_range<float, BFloat16, BFloat16>(formula, p, begin, end)
+                 : run_range<float, BFloat16, float>(formula, p, begin, end);
   if (p.logits.dtype == DType::kFloat16)
-    return alike ? run_range<float, Float16, Float16>(p, begin, end)
-                 : run_range<float, Float16, float>(p, begin, end);
-  return run_range<float, float, float>(p, begin, end);
+    return alike ? run_range<float, Float16, Float16>(formula, p, begin, end)
+                 : run_range<float, Float16, float>(formula, p, begin, end);
+  return run_range<float, float, float>(formula, p, begin, end);
 }
 
 template <class L>
@@ -343,7 +345,8 @@ void scale(const Scaling& s, int64_t begin, int64_t end) {
 }
 
 double run(const Problem& p, int64_t begin, int64_t end) {
-  const double sum = run_any(p, begin, end);
+  const double sum =
+      with_formula(p, [&](const auto& formula) { return run_any(formula, p, begin, end); });
   // While the chunk is in the cache.
   if (p.grad_loss.data && !folds_grad_loss(p)) scale(scaling_of(p), begin, end);
   return sum;

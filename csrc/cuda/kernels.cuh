@@ -11,7 +11,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "../formulas/bce.h"
+#include "../formulas/formulas.h"
 #include "broadcast.cuh"
 #include "lane.cuh"
 #include "launch.cuh"
@@ -161,9 +161,9 @@ struct Smoothing {
 };
 
 // The elements of one chunk that belong to this thread; returns the sum of their losses.
-template <class S, class L, Pass kPass, bool kGeneral, bool kWhole>
-__device__ __forceinline__ double run_chunk(const Arguments& a, int64_t chunk,
-                                            typename S::C grad_scale) {
+template <class S, class L, Pass kPass, bool kGeneral, bool kWhole, class Formula>
+__device__ __forceinline__ double run_chunk(const Formula& formula, const Arguments& a,
+                                            int64_t chunk, typename S::C grad_scale) {
   using C = typename S::C;
   using T = typename S::Target;
   constexpr int N = S::kVector;
@@ -204,8 +204,8 @@ __device__ __forceinline__ double run_chunk(const Arguments& a, int64_t chunk,
         // A padded element must add nothing, whatever its weights are.
         const bool general = kGeneral && (kWhole || at + k < p.numel);
         const C t = general ? ::fma(given, smoothing.scale, smoothing.shift) : given;
-        LossAndGrad<Lane<C>> r = bce_with_logits<kGeneral>(Lane<C>(x), Lane<C>(t),
-                                                           Lane<C>(general ? positive[k] : C(1)));
+        LossAndGrad<Lane<C>> r = formula.template evaluate<kGeneral>(
+            Lane<C>(x), Lane<C>(t), Lane<C>(general ? positive[k] : C(1)));
         if (general) {
           const bool ignored = given == ignore_index || (p.ignored.nan && given != given);
           r.loss.v = ignored ? C(0) : r.loss.v * factor[k];
@@ -236,12 +236,13 @@ __device__ __forceinline__ double run_chunk(const Arguments& a, int64_t chunk,
 
 // kGeneral: with weights, pos_weight, targets that are smoothed or ignored, or any of these, or
 // with a grad_loss for each element that is folded in.
-template <class L, class T, Pass kPass, bool kGeneral>
+template <class Formula, class L, class T, Pass kPass, bool kGeneral>
 __global__ void __launch_bounds__(kThreads)
-    bce_kernel(const __grid_constant__ Arguments a, Workspace workspace) {
+    loss_kernel(const __grid_constant__ Arguments a, Workspace workspace) {
   using S = Shape<L, T, kGeneral>;
   using C = typename S::C;
   const Problem& p = a.problem;
+  const Formula formula(p);
   C grad_scale = static_cast<C>(1 / divisor_of(p));
   const Broadcast& folded = a.folded.operand;
   if (!kGeneral && folded.data) grad_scale *= load_any<C>(folded.data, folded.dtype, 0);
@@ -249,8 +250,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t chunks = chunks_of(p.numel);
   for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     const bool whole = a.aligned && (chunk + 1) * kChunk <= p.numel;
-    double sum = whole ? run_chunk<S, L, kPass, kGeneral, true>(a, chunk, grad_scale)
-                       : run_chunk<S, L, kPass, kGeneral, false>(a, chunk, grad_scale);
+    double sum = whole ? run_chunk<S, L, kPass, kGeneral, true>(formula, a, chunk, grad_scale)
+                       : run_chunk<S, L, kPass, kGeneral, false>(formula, a, chunk, grad_scale);
     if constexpr (has_sum(kPass)) {
       sum = block_sum(sum);
       if (threadIdx.x == 0) {
@@ -265,35 +266,44 @@ __global__ void __launch_bounds__(kThreads)
     if (chunks > 1) add_up(p, workspace);
 }
 
-template <class L, class T, Pass kPass>
+template <class Formula, class L, class T, Pass kPass>
 void launch_pass(const Arguments& a, const Workspace& workspace, unsigned blocks,
                  cudaStream_t stream) {
-  auto* kernel = bce_kernel<L, T, kPass, true>;
+  auto* kernel = loss_kernel<Formula, L, T, kPass, true>;
   if constexpr (!std::is_same_v<T, AnyTarget>) {
     const Problem& p = a.problem;
     const bool general =
         p.weight.data || p.pos_weight.data || a.folded.operand.channels > 1 || has_extras(p);
-    if (!general) kernel = bce_kernel<L, T, kPass, false>;
+    if (!general) kernel = loss_kernel<Formula, L, T, kPass, false>;
   }
   kernel<<<blocks, kThreads, 0, stream>>>(a, workspace);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+template <class Formula, class L, class T>
+void launch_formula(const Arguments& a, const Workspace& workspace, unsigned blocks,
+                    cudaStream_t stream) {
+  switch (pass_of(a.problem)) {
+    case Pass::kSum:
+      return launch_pass<Formula, L, T, Pass::kSum>(a, workspace, blocks, stream);
+    case Pass::kSumAndGrad:
+      return launch_pass<Formula, L, T, Pass::kSumAndGrad>(a, workspace, blocks, stream);
+    case Pass::kLosses:
+      return launch_pass<Formula, L, T, Pass::kLosses>(a, workspace, blocks, stream);
+    case Pass::kLossesAndGrad:
+      return launch_pass<Formula, L, T, Pass::kLossesAndGrad>(a, workspace, blocks, stream);
+    case Pass::kGrad:
+      return launch_pass<Formula, L, T, Pass::kGrad>(a, workspace, blocks, stream);
+  }
+}
+
 template <class L, class T>
 void launch_pair(const Arguments& a, const Workspace& workspace, unsigned blocks,
                  cudaStream_t stream) {
-  switch (pass_of(a.problem)) {
-    case Pass::kSum:
-      return launch_pass<L, T, Pass::kSum>(a, workspace, blocks, stream);
-    case Pass::kSumAndGrad:
-      return launch_pass<L, T, Pass::kSumAndGrad>(a, workspace, blocks, stream);
-    case Pass::kLosses:
-      return launch_pass<L, T, Pass::kLosses>(a, workspace, blocks, stream);
-    case Pass::kLossesAndGrad:
-      return launch_pass<L, T, Pass::kLossesAndGrad>(a, workspace, blocks, stream);
-    case Pass::kGrad:
-      return launch_pass<L, T, Pass::kGrad>(a, workspace, blocks, stream);
-  }
+  with_formula(a.problem, [&](const auto& formula) {
+    using Formula = std::decay_t<decltype(formula)>;
+    launch_formula<Formula, L, T>(a, workspace, blocks, stream);
+  });
 }
 
 }  // namespace fused_bce

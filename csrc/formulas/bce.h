@@ -1,41 +1,42 @@
 // THE definition: loss and gradient of binary cross entropy with logits, one element at a time.
 #pragma once
 
+#include "../problem.h"
 #include "elementary.h"
+#include "loss_and_grad.h"
 
 namespace fused_bce {
-
-template <class Real>
-struct LossAndGrad {
-  Real loss;
-  Real grad;  // of the loss with respect to the logit
-};
 
 //   loss = (1 - t) softplus(x) + p t softplus(-x)        t: target, p: pos_weight
 // With a = |x|, one of the two softplus is sp = log1p(exp(-a)), the other a + sp, so
 //   loss = a q + (u + v) sp         u = 1 - t, v = p t, q = v if x < 0 else u
 //   grad = sign(x) (q - (u + v) c)  c = sigmoid(-a)
 // Both come from one exponential, and for hard targets nothing cancels on either side.
-template <bool kHasPosWeight, class Real>
-FUSED_BCE_INLINE LossAndGrad<Real> bce_with_logits(Real x, Real t, Real pos_weight) {
-  const Real zero(0), one(1);
-  const Real a = abs(x);
-  const Real e = exp_minus(a);
-  // With pos_weight a factor, and its rounding, more: from e - e c, hardly any error of c is left.
-  const Real sigmoid = quotient(e, one + e);
-  const Real c = kHasPosWeight ? e - e * sigmoid : sigmoid;
-  const Real sp = Precision<typename Real::Scalar>::log1p(e);
+struct BinaryCrossEntropy {
+  FUSED_BCE_INLINE explicit BinaryCrossEntropy(const Problem&) {}
 
-  const Real u = one - t;
-  const Real v = kHasPosWeight ? pos_weight * t : t;
-  const Real q = select(sign_bit(x), v, u);
-  // The limit for an infinite logit on the side of its target is 0, not inf * 0.
-  const Real linear = select(q == zero, zero, a * q);
+  template <bool kHasPosWeight, class Real>
+  FUSED_BCE_INLINE LossAndGrad<Real> evaluate(Real x, Real t, Real pos_weight) const {
+    const Real zero(0), one(1);
+    const Real a = abs(x);
+    const Real e = exp_minus(a);
+    // With pos_weight a factor, and its rounding, more: from e - e c, hardly any error of c is
+    // left.
+    const Real sigmoid = quotient(e, one + e);
+    const Real c = kHasPosWeight ? e - e * sigmoid : sigmoid;
+    const Real sp = Precision<typename Real::Scalar>::log1p(e);
 
-  // Without pos_weight u + v is 1; not computing it saves a rounding as well.
-  const Real loss = kHasPosWeight ? fma(u + v, sp, linear) : linear + sp;
-  const Real slope = kHasPosWeight ? q - (u + v) * c : q - c;
-  return {loss, flip_sign(slope, x)};
-}
+    const Real u = one - t;
+    const Real v = kHasPosWeight ? pos_weight * t : t;
+    const Real q = select(sign_bit(x), v, u);
+    // The limit for an infinite logit on the side of its target is 0, not inf * 0.
+    const Real linear = select(q == zero, zero, a * q);
+
+    // Without pos_weight u + v is 1; not computing it saves a rounding as well.
+    const Real loss = kHasPosWeight ? fma(u + v, sp, linear) : linear + sp;
+    const Real slope = kHasPosWeight ? q - (u + v) * c : q - c;
+    return {loss, flip_sign(slope, x)};
+  }
+};
 
 }  // namespace fused_bce
