@@ -47,6 +47,12 @@ def build_info() -> dict:
         ``version``; ``torch``, the release that it was built for; ``compiler``; ``cuda_archs``,
         the GPU architectures in it, or None for a CPU build; ``cpu_instruction_sets``, those that
         this processor can run, best first; ``cpu_instruction_set``, the one in use.
+
+    Example:
+        >>> import fused_bce
+        >>> build = fused_bce.build_info()
+        >>> build["cpu_instruction_set"] in build["cpu_instruction_sets"]
+        True
     """
     return {
         "version": __version__,

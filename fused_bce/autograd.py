@@ -29,6 +29,13 @@ class BCEWithLogitsFunction(torch.autograd.Function):
     Logits and target can be differentiated, twice. Raises RuntimeError if weight or pos_weight
     requires a gradient or does not broadcast, ValueError if the sizes of logits and target differ,
     NotImplementedError for other dtypes.
+
+    Example:
+        >>> import torch
+        >>> from fused_bce import BCEWithLogitsFunction
+        >>> logits = torch.full((10, 64), 1.5, requires_grad=True)
+        >>> BCEWithLogitsFunction.apply(logits, torch.ones(10, 64), None, None, 1, None)
+        tensor(0.2014, grad_fn=<...>)
     """
 
     apply = staticmethod(torch.ops.fused_bce.binary_cross_entropy_with_logits.default)

@@ -56,13 +56,15 @@ def why_not_fused(
 ) -> str | None:
     """The reason why this call would be left to torch's own function; None if it is fused.
 
-    Args: those of :func:`torch.nn.functional.binary_cross_entropy_with_logits`, with the same
-    shapes and dtypes. Bad arguments are a reason too: torch's function raises the error.
+    The arguments are those of :func:`torch.nn.functional.binary_cross_entropy_with_logits`, with
+    the same shapes and dtypes. Bad arguments are a reason too: torch's function raises the error.
 
     The first call that is not fused for some reason also logs it, once, to the logger
     ``fused_bce`` at level INFO.
 
     Example:
+        >>> import torch
+        >>> from fused_bce import why_not_fused
         >>> why_not_fused(torch.zeros(3), torch.zeros(3, dtype=torch.complex64))
         'target has dtype torch.complex64'
     """

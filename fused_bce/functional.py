@@ -68,18 +68,26 @@ def binary_cross_entropy_with_logits(
         logits if the target is of integers; under autocast float32, unless that is float64.
 
     Raises:
-        What torch's function raises: ValueError for an unknown reduction and for different sizes,
-        RuntimeError for weights that do not broadcast or that require a gradient. ValueError or
-        TypeError for a bad ``label_smoothing`` or ``ignore_index``; ValueError for an invalid
-        target, with its value and place.
+        ValueError: as torch's function, for an unknown reduction and for different sizes; for a bad
+            ``label_smoothing`` or ``ignore_index``; for an invalid target, with its value and
+            place.
+        RuntimeError: as torch's function, for weights that do not broadcast or that require a
+            gradient.
+        TypeError: for a ``label_smoothing`` that is a tensor and an ``ignore_index`` that is no
+            integer.
 
     What the kernel does not cover is left to torch's function: see
     :func:`fused_bce.why_not_fused`.
 
     Example:
-        >>> input = torch.randn(3, 2, requires_grad=True)
-        >>> loss = binary_cross_entropy_with_logits(input, torch.ones(3, 2, dtype=torch.bool))
+        >>> import torch
+        >>> from fused_bce.functional import binary_cross_entropy_with_logits
+        >>> input = torch.tensor([0.5, -1.0, 2.0], requires_grad=True)
+        >>> target = torch.tensor([True, False, True])
+        >>> loss = binary_cross_entropy_with_logits(input, target)
         >>> loss.backward()
+        >>> loss, input.grad
+        (tensor(0.3048, grad_fn=<...>), tensor([-0.1258,  0.0896, -0.0397]))
     """
     return drop_in(
         input,

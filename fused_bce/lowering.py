@@ -17,11 +17,13 @@ _table: dict = {}
 def decomposition_table() -> dict[torch._ops.OpOverload, Callable]:
     """Decompositions of this package's operators into torch's.
 
-    torch.onnx.export finds them by itself. For an exported program they are added to torch's own:
+    torch.onnx.export finds them by itself. For an exported program they are added to torch's own.
 
     Example:
+        >>> import torch
+        >>> import fused_bce
         >>> from torch.export import default_decompositions, export
-        >>> program = export(BCEWithLogitsLoss(), (torch.zeros(3), torch.ones(3)))
+        >>> program = export(fused_bce.BCEWithLogitsLoss(), (torch.zeros(3), torch.ones(3)))
         >>> table = default_decompositions()
         >>> table.update(fused_bce.decomposition_table())
         >>> program = program.run_decompositions(table)

@@ -10,17 +10,15 @@ from fused_bce.functional import drop_in
 
 
 class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
-    r"""Binary cross entropy between logits and targets: a drop-in for
+    """Binary cross entropy between logits and targets: a drop-in for
     :class:`torch.nn.BCEWithLogitsLoss`, computed with its gradient in one pass.
 
     Buffers, ``state_dict`` and ``repr`` are those of the base class, and so is the constructor but
     for the keywords that the base class does not have.
 
-    .. math::
-        \ell(x, t) = w \,\bigl[p\,t \cdot \mathrm{softplus}(-x)
-                     + (1 - t) \cdot \mathrm{softplus}(x)\bigr]
+    The loss of an element with logit x and target t, where softplus(x) = log(1 + exp(x)), is ::
 
-    with logit :math:`x`, target :math:`t`, ``weight`` :math:`w` and ``pos_weight`` :math:`p`.
+        weight * (pos_weight * t * softplus(-x) + (1 - t) * softplus(x))
 
     Args:
         weight: rescales each element's loss; broadcasts into the shape of the logits.
@@ -40,6 +38,8 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
           float64.
 
     Example:
+        >>> import torch
+        >>> from fused_bce import BCEWithLogitsLoss
         >>> loss = BCEWithLogitsLoss(pos_weight=torch.ones(64))
         >>> loss(torch.full((10, 64), 1.5), torch.ones(10, 64))
         tensor(0.2014)

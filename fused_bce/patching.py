@@ -17,12 +17,7 @@ class patch:
     with it what ``torch.nn.BCEWithLogitsLoss`` computes.
 
     As a call, until :func:`unpatch`; as a context manager, until its end, also if that is an
-    exception, unless it was replaced already when it began::
-
-        fused_bce.patch()
-
-        with fused_bce.patch():
-            train()
+    exception, unless it was replaced already when it began.
 
     It holds for the whole process, all threads included. The class itself stays torch's: its
     ``forward`` looks the function up in each call, so that every instance takes the fused path,
@@ -36,6 +31,15 @@ class patch:
         - ``torch.binary_cross_entropy_with_logits``, the operator below the function;
         - what was compiled, traced, scripted or exported before; and what was meanwhile keeps the
           fused loss.
+
+    Example:
+        >>> import torch
+        >>> import fused_bce
+        >>> logits = torch.ones(3, requires_grad=True)
+        >>> with fused_bce.patch():
+        ...     loss = torch.nn.BCEWithLogitsLoss()(logits, torch.ones(3))
+        >>> "BCEWithLogitsFunction" in loss.grad_fn.name()
+        True
     """
 
     def __init__(self):
@@ -52,7 +56,13 @@ class patch:
 
 
 def unpatch() -> None:
-    """Puts back what :class:`patch` replaced; does nothing if nothing is replaced."""
+    """Puts back what :class:`patch` replaced; does nothing if nothing is replaced.
+
+    Example:
+        >>> import fused_bce
+        >>> patched = fused_bce.patch()
+        >>> fused_bce.unpatch()
+    """
     while _originals:
         F.binary_cross_entropy_with_logits = _originals.pop()
 
@@ -78,6 +88,12 @@ def convert(model: torch.nn.Module, *, recompute: bool = False) -> torch.nn.Modu
 
     Returns:
         ``model``.
+
+    Example:
+        >>> import torch
+        >>> import fused_bce
+        >>> fused_bce.convert(torch.nn.ModuleDict({"loss": torch.nn.BCEWithLogitsLoss()}))["loss"]
+        BCEWithLogitsLoss()
     """
     for module in model.modules():
         if type(module) is _torch_class:
