@@ -6,7 +6,7 @@ VENV ?= .venv
 python := $(VENV)/bin/python
 built := $(VENV)/.built
 
-.PHONY: demo test bench lint sanitize gpu
+.PHONY: demo test bench lint docs sanitize gpu
 
 demo: $(built)  ## train on real data with torch's loss and with ours, then the tutorial's listings
 	$(python) examples/train_digits.py --output demo-output
@@ -34,6 +34,9 @@ lint: $(built)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
+docs: $(built)  ## the pages and the API reference as a site, build/docs/index.html; warnings are errors
+	$(VENV)/bin/sphinx-build -W --keep-going -q -c docs -d build/doctrees . build/docs
+
 sanitize: $(built)  ## tests of the C++ of the CPU path under the address, undefined and thread sanitizers
 	PYTHON=$(python) bash .ci/sanitize
 
@@ -46,5 +49,5 @@ $(VENV)/.torch:
 	touch $@
 
 $(built): $(VENV)/.torch setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
-	$(python) -m pip install --no-build-isolation --editable ".[test,examples,benchmarks,lint]"
+	$(python) -m pip install --no-build-isolation --editable ".[test,examples,benchmarks,lint,docs]"
 	touch $@
