@@ -89,76 +89,6 @@ def binary_cross_entropy_with_logits(
         >>> loss, input.grad
         (tensor(0.3048, grad_fn=<...>), tensor([-0.1258,  0.0896, -0.0397]))
     """
-    return drop_in(
-        input,
-        target,
-        weight,
-        size_average,
-        reduce,
-        reduction,
-        pos_weight,
-        label_smoothing,
-        ignore_index,
-        validate_targets,
-        recompute,
-    )
-
-
-def drop_in(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    pos_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    ignore_index: int | float | None = None,
-    validate_targets: bool = False,
-    recompute: bool = False,
-) -> Tensor:
-    """The same without keyword-only arguments, which cannot be scripted."""
-    if not torch.jit.is_scripting():
-        return _fused_or_torch(
-            input,
-            target,
-            weight,
-            size_average,
-            reduce,
-            reduction,
-            pos_weight,
-            label_smoothing,
-            ignore_index,
-            validate_targets,
-            recompute,
-        )
-    if validate_targets and bool(is_invalid(target, ignore_index).any()):
-        raise ValueError("a target lies outside [0, 1]")
-    if label_smoothing == 0.0 and ignore_index is None and target.is_floating_point():
-        return torch_bce(input, target, weight, size_average, reduce, reduction, pos_weight)
-    check_label_smoothing(label_smoothing)
-    return reference.binary_cross_entropy_with_logits(
-        input, target, weight, pos_weight, reduction, label_smoothing, ignore_index
-    )
-
-
-# What torch.jit.script compiles in its place.
-binary_cross_entropy_with_logits.__prepare_scriptable__ = lambda: drop_in  # type: ignore[attr-defined]
-
-
-def _fused_or_torch(
-    input,
-    target,
-    weight,
-    size_average,
-    reduce,
-    reduction,
-    pos_weight,
-    label_smoothing,
-    ignore_index,
-    validate_targets,
-    recompute,
-):
     reason = why_not_fused(input, target, weight, pos_weight)
     if reason is not None and (isinstance(input, Proxy) or isinstance(target, Proxy)):
         return handle_torch_function(
@@ -214,6 +144,34 @@ def _fused_or_torch(
     return reference.binary_cross_entropy_with_logits(
         input, target, weight, pos_weight, reduction, label_smoothing, ignore_index
     )
+
+
+def _scripted(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int | float | None = None,
+    validate_targets: bool = False,
+    recompute: bool = False,
+) -> Tensor:
+    """What torch.jit.script compiles in its place, without keyword-only arguments, which it cannot
+    compile."""
+    if validate_targets and bool(is_invalid(target, ignore_index).any()):
+        raise ValueError("a target lies outside [0, 1]")
+    if label_smoothing == 0.0 and ignore_index is None and target.is_floating_point():
+        return torch_bce(input, target, weight, size_average, reduce, reduction, pos_weight)
+    check_label_smoothing(label_smoothing)
+    return reference.binary_cross_entropy_with_logits(
+        input, target, weight, pos_weight, reduction, label_smoothing, ignore_index
+    )
+
+
+binary_cross_entropy_with_logits.__prepare_scriptable__ = lambda: _scripted  # type: ignore[attr-defined]
 
 
 def _index_or_nan(ignore_index):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from fused_bce.functional import drop_in
+from fused_bce.functional import binary_cross_entropy_with_logits
 
 
 class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
@@ -92,7 +92,7 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
                 path = input.tracer.path_of_module(self)
                 return input.tracer.create_proxy("call_module", path, (input, target), {})
             weight, pos_weight = _buffer(self, "weight"), _buffer(self, "pos_weight")
-        return drop_in(
+        return binary_cross_entropy_with_logits(
             input,
             target,
             weight,
@@ -100,10 +100,10 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
             None,
             self.reduction,
             pos_weight,
-            self.label_smoothing,
-            self.ignore_index,
-            self.validate_targets,
-            self.recompute,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            validate_targets=self.validate_targets,
+            recompute=self.recompute,
         )
 
 

@@ -70,7 +70,7 @@ def unpatch() -> None:
 def _replace() -> None:
     if not _originals:
         _originals.append(F.binary_cross_entropy_with_logits)
-        F.binary_cross_entropy_with_logits = functional.drop_in
+        F.binary_cross_entropy_with_logits = functional.binary_cross_entropy_with_logits
 
 
 def convert(model: torch.nn.Module, *, recompute: bool = False) -> torch.nn.Module:
