@@ -10,7 +10,7 @@ import torch
 
 import fused_bce
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run_python(*arguments, **environment):

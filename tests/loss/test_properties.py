@@ -3,7 +3,7 @@ backward passes, errors.
 
 A run takes two hundred examples for each test, always the same. Two thousand, new ones each time:
 
-    HYPOTHESIS_PROFILE=thorough python -m pytest tests/test_properties.py
+    HYPOTHESIS_PROFILE=thorough python -m pytest tests/loss/test_properties.py
 
 A failure is printed as the call that failed, made as small as possible: kept as an ``@example``
 above its test, it is tried in every run. ``--hypothesis-seed=N`` repeats a thorough run.

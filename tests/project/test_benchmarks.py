@@ -20,7 +20,7 @@ from helpers import by_dtype, by_reduction, fused, torch_bce
 pytest.importorskip("matplotlib", reason="plot.py draws with it")
 pytest.importorskip("rich", reason="run.py prints its tables with it")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # As little as shows that it works: the numbers mean nothing.
 QUICK = ["--no-compile", "--repeats", "2", "--seconds", "0"]
 # The sizes of workloads, so much smaller that they take no time
