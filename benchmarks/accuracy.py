@@ -13,10 +13,10 @@ import shlex
 import sys
 from pathlib import Path
 
-import machine
 import numpy as np
 import torch
-from results import AccuracyRow, append_rows, file_name, start_file
+from harness import machine
+from harness.rows import AccuracyRow, append_rows, file_name, start_file
 
 import fused_bce
 

@@ -11,11 +11,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cases import size_text
-from results import Row, read_rows
+from cases.base import size_text
+from harness.rows import Row, read_rows
+from harness.tables import time_text
 from rich.console import Console
 from rich.table import Table
-from tables import time_text
 
 # What makes two rows the same measurement, but for the contender
 CASE = ("device", "workload", "mode", "dtype", "target_dtype", "reduction", "weights", "numel")

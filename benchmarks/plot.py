@@ -12,12 +12,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from harness.rows import AccuracyRow, Origin, Row, read_rows
 from matplotlib.figure import Figure
-from plot_accuracy import plot_accuracy
-from plot_bars import plot_bars
-from plot_cost import plot_cost
-from plot_ladder import group_name, plot_ladder
-from results import AccuracyRow, Origin, Row, read_rows
+from plots.accuracy import plot_accuracy
+from plots.bars import plot_bars
+from plots.cost import plot_cost
+from plots.ladder import group_name, plot_ladder
 
 
 def main() -> None:

@@ -18,26 +18,31 @@ import shlex
 import sys
 from pathlib import Path
 
-import extras
-import heads
-import machine
 import torch
-import training
-from cases import DTYPES, MODES, NON_LEAF, REDUCTIONS, WEIGHTS, Case
-from contenders import Contender, make_contenders, takes_bool_targets
-from extras import EXTRA_SIZES, EXTRAS, ExtraCase, extra_case
-from goals import Goal, goal_case
-from goals_cpu import cpu_goals
-from goals_cuda import cases_without_goals, cuda_goals
-from heads import HEAD_SIZES, HEADS, HeadsCase, heads_case
-from limits import copied_per_element
-from peers import missing_peers
-from results import Row, append_rows, file_name, start_file
+from cases import extras, heads, training
+from cases.base import DTYPES, MODES, NON_LEAF, REDUCTIONS, WEIGHTS, Case
+from cases.extras import EXTRA_SIZES, EXTRAS, ExtraCase, extra_case
+from cases.goal import Goal, goal_case
+from cases.goals_cpu import cpu_goals
+from cases.goals_cuda import cases_without_goals, cuda_goals
+from cases.heads import HEAD_SIZES, HEADS, HeadsCase, heads_case
+from cases.training import NETWORKS, TrainingCase, training_case
+from cases.workloads import WORKLOADS, WorkloadCase, describe, workload_case
+from contenders.base import Contender, make_contenders, takes_bool_targets
+from contenders.limits import copied_per_element
+from contenders.peers import missing_peers
+from harness import machine
+from harness.rows import Row, append_rows, file_name, start_file
+from harness.tables import (
+    CONTENDERS_LEGEND,
+    LEGEND,
+    Measured,
+    contenders_table,
+    goals_table,
+    times_table,
+)
+from harness.timing import calls_per_sample, peak_bytes, time_alternating
 from rich.console import Console
-from tables import CONTENDERS_LEGEND, LEGEND, Measured, contenders_table, goals_table, times_table
-from timing import calls_per_sample, peak_bytes, time_alternating
-from training import NETWORKS, TrainingCase, training_case
-from workloads import WORKLOADS, WorkloadCase, describe, workload_case
 
 SIZES = [1, 16, 128, 640, 2**12, 2**14, 2**16, 2**18, 2**20, 2**22, 2**24]
 PRESETS = ("goals", "workloads", "training", "peers", "extras", "heads")

@@ -54,7 +54,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def make_row(**columns):
     """A row of a case on the CPU, but for what is given."""
-    from results import Row
+    from harness.rows import Row
 
     values = {
         "device": "cpu",
@@ -171,7 +171,7 @@ def test_alone(tmp_path):
 @by_dtype
 def test_peak_memory(dtype, reduction, device):
     """A training step holds the gradient of the logits and, where each is wanted, the losses."""
-    from timing import peak_bytes
+    from harness.timing import peak_bytes
 
     logits, target = (torch.rand(2**16, device=device, dtype=dtype) for _ in range(2))
     logits.requires_grad_()
@@ -218,8 +218,8 @@ def test_goals_and_graphs_on_cuda(tmp_path, device):
 
 
 def test_cuda_goals():
-    from cases import DTYPES, REDUCTIONS, WEIGHTS
-    from goals_cuda import cases_without_goals, cuda_goals
+    from cases.base import DTYPES, REDUCTIONS, WEIGHTS
+    from cases.goals_cuda import cases_without_goals, cuda_goals
 
     goals = cuda_goals()
     cases = {goal.case for goal in goals}
@@ -254,7 +254,7 @@ def test_cuda_goals():
     ],
 )
 def test_measures_of_goals(measure, expected):
-    from goals import Goal, goal_case
+    from cases.goal import Goal, goal_case
 
     case = goal_case("cuda", 2**26)
 
@@ -278,7 +278,7 @@ def test_measures_of_goals(measure, expected):
 
 
 def test_file_names():
-    from results import file_name
+    from harness.rows import file_name
 
     date = "2030-01-02T03:04:05+00:00"
     assert file_name("cpu", "Some CPU", date, "goals") == "cpu-goals.csv"
@@ -289,7 +289,7 @@ def test_file_names():
 @pytest.fixture
 def small_workloads(monkeypatch):
     """The workloads with their dimensions made small."""
-    from workloads import WORKLOADS
+    from cases.workloads import WORKLOADS
 
     def shrink(shape):
         return shape and tuple(SMALLER.get(size, size) for size in shape)
@@ -344,8 +344,8 @@ def test_nothing_selected(tmp_path):
 
 
 def test_workloads_of_both_devices(small_workloads):
-    from contenders import make_inputs, make_losses, make_weights
-    from workloads import workload_case
+    from cases.workloads import workload_case
+    from contenders.base import make_inputs, make_losses, make_weights
 
     for name in small_workloads:
         shape = workload_case(name, "cuda").shape
@@ -377,8 +377,8 @@ def make_weights_again(loss):
 @pytest.mark.parametrize("accepted", [True, False])
 def test_bool_targets(monkeypatch, accepted):
     """Taken as they are if the kernels can, else cast, as they are for torch."""
-    import contenders
-    from cases import Case
+    from cases.base import Case
+    from contenders import base as contenders
 
     case = Case(64, "cpu", "fwd+bwd", "bfloat16", "bool", "mean", "none")
     inputs = contenders.make_inputs(case)
@@ -390,16 +390,16 @@ def test_bool_targets(monkeypatch, accepted):
 
 
 def test_bool_targets_are_taken(device):
-    import contenders
+    from contenders import base as contenders
 
     assert contenders.takes_bool_targets(device)
 
 
 def test_readme_names_every_workload():
-    from extras import EXTRAS
-    from heads import HEADS
-    from training import NETWORKS
-    from workloads import WORKLOADS
+    from cases.extras import EXTRAS
+    from cases.heads import HEADS
+    from cases.training import NETWORKS
+    from cases.workloads import WORKLOADS
 
     text = (ROOT / "benchmarks" / "README.md").read_text()
     for name in (*WORKLOADS, *NETWORKS, *EXTRAS, *HEADS):
@@ -408,7 +408,7 @@ def test_readme_names_every_workload():
 
 @pytest.fixture
 def small_networks(monkeypatch):
-    import training
+    from cases import training
 
     monkeypatch.setattr(training, "LABELS", 40)
     monkeypatch.setattr(training, "BATCH", {"cpu": 16, "cuda": 16})
@@ -464,7 +464,7 @@ def test_training_steps_agree(small_networks, device):
 
 @pytest.fixture
 def small_extras(monkeypatch):
-    import extras
+    from cases import extras
 
     monkeypatch.setattr(extras, "EXTRA_SIZES", (2**10, 2**12))
     return extras
@@ -521,7 +521,7 @@ def test_extras(tmp_path, device):
     ],
 )
 def test_extras_compute_the_same(device, with_compile):
-    import extras
+    from cases import extras
 
     import fused_bce
 
@@ -562,7 +562,7 @@ def test_extras_compute_the_same(device, with_compile):
 
 @pytest.fixture
 def small_heads(monkeypatch):
-    import heads
+    from cases import heads
 
     monkeypatch.setattr(heads, "HEAD_SIZES", {"cpu": (2**16,), "cuda": (2**16,)})
     return heads
@@ -610,7 +610,7 @@ def test_heads(tmp_path, device):
 def test_heads_compute_the_same(device, with_compile):
     import copy
 
-    import heads
+    from cases import heads
 
     torch.manual_seed(0)
     for name in heads.HEADS:
@@ -659,8 +659,8 @@ def test_peers(tmp_path, device):
 
 
 def test_peers_compute_the_same(device):
-    from goals import goal_case
-    from peers import make_peers
+    from cases.goal import goal_case
+    from contenders.peers import make_peers
 
     logits, target = torch.randn(1000, device=device), torch.rand(1000, device=device).round()
     expected = torch_bce(logits, target)
@@ -672,8 +672,8 @@ def test_peers_compute_the_same(device):
 
 def test_flag_gems(monkeypatch, device):
     """Whatever it does, the run goes on, and says why it is left out."""
-    from goals import goal_case
-    from peers import make_peers, missing_peers, why_not_flag_gems
+    from cases.goal import goal_case
+    from contenders.peers import make_peers, missing_peers, why_not_flag_gems
 
     forward, training = goal_case("cuda", 64, mode="fwd"), goal_case("cuda", 64)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -746,7 +746,7 @@ def test_ulp_errors():
 
 def test_bars():
     """Their lengths are the ratios, whatever the order of the rows."""
-    from plot_bars import plot_bars
+    from plots.bars import plot_bars
 
     seconds = {"stream": 1e-3, "fused": 2e-3, "compile": 4e-3, "eager": 10e-3}
     rows = [
@@ -776,7 +776,7 @@ NEWER = {"fused": 1.3e-3, "eager": 4e-3, "stream": 0.4e-3}
 
 
 def write_file(path: Path, seconds: dict[str, float], left_out: tuple[str, ...] = (), **columns):
-    from results import Row, header
+    from harness.rows import Row, header
 
     names = [name for name in header(Row) if name not in left_out]
     rows = [
@@ -843,7 +843,7 @@ def test_disturbed_times_are_marked(tmp_path):
 
 def test_columns_of_files(tmp_path):
     """None, numbers and text come back as they were; other columns are refused."""
-    from results import append_rows, read_rows, start_file
+    from harness.rows import append_rows, read_rows, start_file
 
     rows = [make_row(peak_bytes=None, other_load=0.5), make_row(workload="a", shape="2x3")]
     path = tmp_path / "a.csv"

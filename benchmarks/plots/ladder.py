@@ -2,10 +2,11 @@
 
 import re
 
+from harness.rows import Row
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from plot_style import CAPTION_STYLE, STYLES, caption
-from results import Row
+
+from plots.style import CAPTION_STYLE, STYLES, caption
 
 # The rows of one contender by size
 Line = dict[int, Row]

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 
-from goals import peak_multiple
+from cases.goal import peak_multiple
+from harness.rows import Row
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from plot_style import CAPTION_STYLE, STYLES, caption
-from results import Row
+
+from plots.style import CAPTION_STYLE, STYLES, caption
 
 # The rows of one case by contender
 Bars = dict[str, Row]

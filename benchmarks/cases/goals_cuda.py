@@ -2,8 +2,8 @@
 
 from functools import partial
 
-from cases import Case
-from goals import PEAK, SHARE_OF_COPY, WALL, Goal, goal_case
+from cases.base import Case
+from cases.goal import PEAK, SHARE_OF_COPY, WALL, Goal, goal_case
 
 SMALL_SIZES = (1, 640, 2**12, 2**16)
 LARGE_SIZES = (2**26, 2**28)

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from goals import PEAK, Goal, goal_case
+from cases.goal import PEAK, Goal, goal_case
 
 SMALL_SIZES = (1, 16, 64, 128, 640)
 

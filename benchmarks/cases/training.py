@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from cases import Case
-from contenders import Contender, compiled
+from contenders.base import Contender, compiled
 from torch import Tensor, nn
 
 import fused_bce
+from cases.base import Case
 
 # The categories of AmazonCat-13K, as in workloads.py
 LABELS = 13330

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-from cases import Case
+
+from cases.base import Case
 
 Shape = tuple[int, ...]
 

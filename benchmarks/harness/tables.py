@@ -1,9 +1,10 @@
 """The tables on the screen."""
 
-from cases import Case, size_text
-from goals import Goal, peak_multiple, share_of_copy
-from results import Row
+from cases.base import Case, size_text
+from cases.goal import Goal, peak_multiple, share_of_copy
 from rich.table import Table
+
+from harness.rows import Row
 
 CONTENDERS = ("fused", "eager", "compile", "fused graph", "eager graph", "stream")
 RATIOS = (("eager", "fused"), ("compile", "fused"), ("fused", "stream"))

@@ -1,9 +1,10 @@
 """What an element costs, over the number of elements."""
 
+from harness.rows import Row
 from matplotlib.figure import Figure
-from plot_ladder import group_name
-from plot_style import CAPTION_STYLE, caption
-from results import Row
+
+from plots.ladder import group_name
+from plots.style import CAPTION_STYLE, caption
 
 FLAT = 1.25  # times the cheapest
 

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from cases import NON_LEAF, Case
-from limits import copy_step, stream_step
-from peers import make_peers
-from timing import Step
+from cases.base import NON_LEAF, Case
+from harness.timing import Step
 from torch import Tensor
 
 import fused_bce
+from contenders.limits import copy_step, stream_step
+from contenders.peers import make_peers
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Inputs = tuple[Tensor, Tensor, Tensor | None]

@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 
-from results import Origin, Row
+from harness.rows import Origin, Row
 
 STYLES = {
     "eager": {"color": "tab:orange", "marker": "s"},

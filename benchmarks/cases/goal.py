@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from cases import Case
-from results import Row
+from harness.rows import Row
+
+from cases.base import Case
 
 PEAK = "peak / logits"
 SHARE_OF_COPY = "% of copy"

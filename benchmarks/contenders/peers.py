@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Callable
 
 import torch
-from cases import Case
+from cases.base import Case
 from torch import Tensor
 from torch.nn import functional
 

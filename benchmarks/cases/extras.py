@@ -4,8 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 
 import torch
-from cases import Case, size_text
-from contenders import (
+from contenders.base import (
     CastsTarget,
     Contender,
     Inputs,
@@ -16,11 +15,12 @@ from contenders import (
     loss_contender,
     make_inputs,
 )
-from limits import copy_step, stream_step
+from contenders.limits import copy_step, stream_step
 from torch import Tensor
 from torch.nn import functional
 
 import fused_bce
+from cases.base import Case, size_text
 
 EXTRA_SIZES = (2**20, 2**24)
 IGNORED = 255

@@ -4,8 +4,8 @@ import itertools
 import math
 
 import torch
-from cases import Case
-from timing import Step
+from cases.base import Case
+from harness.timing import Step
 from torch import Tensor
 
 # Large enough that a GPU copies at its full bandwidth.

@@ -8,12 +8,12 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from cases import Case, size_text
-from contenders import Contender, compiled, exit_unless_fused, make_inputs
+from contenders.base import Contender, compiled, exit_unless_fused, make_inputs
 from torch import Tensor, nn
-from training import WithLoss
 
 import fused_bce
+from cases.base import Case, size_text
+from cases.training import WithLoss
 
 COUNT = 6
 # Logits of one head

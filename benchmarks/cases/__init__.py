@@ -1,0 +1,1 @@
+"""What is measured: cases, and the presets that list them."""
