@@ -9,18 +9,15 @@ formula that is neither contender's.
 
 import argparse
 import itertools
-import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from harness import machine
-from harness.rows import AccuracyRow, append_rows, file_name, start_file
+from harness.rows import RESULTS, AccuracyRow, append_rows, csv_path, start_file
 
 import fused_bce
 
-RESULTS = Path(__file__).parent / "results"
 # exp(-104) is 0 in float32, subnormal numbers included.
 LIMIT = 104
 WIDTH = 1.0  # of the range of logits that one row is for
@@ -31,13 +28,11 @@ LOSSES = {"eager": torch.nn.BCEWithLogitsLoss, "fused": fused_bce.BCEWithLogitsL
 
 def main() -> None:
     arguments = parse_arguments()
-    facts = {**machine.facts(arguments.device), "command": shlex.join(["python", *sys.argv])}
-    path = arguments.output
-    if path.suffix != ".csv":
-        path /= file_name(arguments.device, facts["device_name"], facts["date"], "accuracy")
+    facts = machine.facts(arguments.device)
+    path = csv_path(arguments.output, facts, "accuracy")
     start_file(path, kind=AccuracyRow)
     for target, contender in itertools.product((0.0, 1.0), LOSSES):
-        append_rows(path, measure(contender, target, arguments.device, facts))
+        append_rows(path, measure(contender, target, facts))
     print(path)
 
 
@@ -51,17 +46,16 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(contender: str, target: float, device: str, facts: dict) -> list[AccuracyRow]:
+def measure(contender: str, target: float, facts: dict) -> list[AccuracyRow]:
     """A row for the loss and one for the gradient, in each range."""
     logits, starts = draw_logits()
-    results = evaluate(LOSSES[contender], logits, target, device)
+    results = evaluate(LOSSES[contender], logits, target, facts["device"])
     rows = []
     for quantity, true in true_values(logits, target).items():
         largest = ulp_errors(results[quantity], true).max(axis=1)
         rows += [
             AccuracyRow(
                 **facts,
-                device=device,
                 contender=contender,
                 quantity=quantity,
                 target=target,

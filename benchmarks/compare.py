@@ -8,17 +8,16 @@ The exit status is 1 if a fused contender got slower than the factor allows.
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from cases.base import size_text
+from cases.base import Case, size_text
 from harness.rows import Row, read_rows
-from harness.tables import time_text
-from rich.console import Console
+from harness.tables import make_console, time_text
 from rich.table import Table
 
 # What makes two rows the same measurement, but for the contender
-CASE = ("device", "workload", "mode", "dtype", "target_dtype", "reduction", "weights", "numel")
+CASE = [field.name for field in fields(Case)]
 # Where these differ, so may every time.
 CIRCUMSTANCES = ("device_name", "torch", "cuda", "instruction_set", "threads")
 
@@ -42,9 +41,7 @@ def main() -> None:
     changes = list_changes(old, new, arguments.relative_to)
     if not changes:
         sys.exit("The two files have no case in common")
-    console = Console()
-    if not console.is_terminal:
-        console.width = 150
+    console = make_console()
     console.print(changes_table(changes, arguments.factor, arguments.relative_to))
     console.print(*remarks(old, new, changes), sep="\n", soft_wrap=True)
     slower = any(change.is_ours and change.ratio > arguments.factor for change in changes)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from harness.rows import AccuracyRow, Origin, Row, read_rows
+from harness.rows import AccuracyRow, Facts, Row, read_rows
 from matplotlib.figure import Figure
 from plots.accuracy import plot_accuracy
 from plots.bars import plot_bars
@@ -40,7 +40,7 @@ def plot_file(csv: Path) -> None:
         print(png)
 
 
-def figures(rows: list[Origin]) -> Iterator[tuple[str, Figure]]:
+def figures(rows: list[Facts]) -> Iterator[tuple[str, Figure]]:
     """With the end of their names; "" where the file has one figure."""
     if isinstance(rows[0], AccuracyRow):
         yield "", plot_accuracy(rows)

@@ -1,12 +1,7 @@
 """Times the fused loss against torch's, eager and compiled, and against the memory.
 
     python benchmarks/run.py                       a ladder of sizes, with and without backward
-    python benchmarks/run.py --preset goals        the goals for the device: met or missed
-    python benchmarks/run.py --preset workloads    losses as people train with them
-    python benchmarks/run.py --preset training     whole training steps
-    python benchmarks/run.py --preset peers        other ways to compute the same
-    python benchmarks/run.py --preset extras       what torch's loss does not take, against by hand
-    python benchmarks/run.py --preset heads        several losses, summed, and one backward pass
+    python benchmarks/run.py --preset NAME         one of the other presets
 
 See benchmarks/README.md.
 """
@@ -14,40 +9,19 @@ See benchmarks/README.md.
 import argparse
 import dataclasses
 import itertools
-import shlex
 import sys
 from pathlib import Path
 
 import torch
-from cases import extras, heads, training
-from cases.base import DTYPES, MODES, NON_LEAF, REDUCTIONS, WEIGHTS, Case
-from cases.extras import EXTRA_SIZES, EXTRAS, ExtraCase, extra_case
-from cases.goal import Goal, goal_case
-from cases.goals_cpu import cpu_goals
-from cases.goals_cuda import cases_without_goals, cuda_goals
-from cases.heads import HEAD_SIZES, HEADS, HeadsCase, heads_case
-from cases.training import NETWORKS, TrainingCase, training_case
-from cases.workloads import WORKLOADS, WorkloadCase, describe, workload_case
-from contenders.base import Contender, make_contenders, takes_bool_targets
-from contenders.limits import copied_per_element
-from contenders.peers import missing_peers
+from cases.base import DTYPES, MODES, REDUCTIONS, WEIGHTS, Case
+from cases.ladder import Alone
+from cases.preset import Preset, Selection
+from cases.registry import DEFAULT, PRESETS
 from harness import machine
-from harness.rows import Row, append_rows, file_name, start_file
-from harness.tables import (
-    CONTENDERS_LEGEND,
-    LEGEND,
-    Measured,
-    contenders_table,
-    goals_table,
-    times_table,
-)
+from harness.rows import RESULTS, Row, append_rows, csv_path, start_file
+from harness.tables import BY_CONTENDER, BY_SIZE, Measured, goals_table, make_console
 from harness.timing import calls_per_sample, peak_bytes, time_alternating
 from rich.console import Console
-
-SIZES = [1, 16, 128, 640, 2**12, 2**14, 2**16, 2**18, 2**20, 2**22, 2**24]
-PRESETS = ("goals", "workloads", "training", "peers", "extras", "heads")
-PEER_SIZES = {"cpu": (2**16, 2**20, 2**24), "cuda": (2**16, 2**24, 2**26)}
-RESULTS = Path(__file__).parent / "results"
 
 
 def parse_size(text: str) -> int:
@@ -59,17 +33,17 @@ def parse_size(text: str) -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog="\n".join(["presets:", *(f"  {n:<10} {p.summary}" for n, p in PRESETS.items())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    names = (
-        f"of the presets workloads ({', '.join(WORKLOADS)}), training ({', '.join(NETWORKS)}), "
-        f"extras ({'; '.join(EXTRAS)}) and heads ({'; '.join(HEADS)})"
-    )
+    named = {name: preset.workloads for name, preset in PRESETS.items() if preset.workloads}
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    add("--preset", choices=PRESETS, help="the next seven options select from it")
-    named = (*WORKLOADS, *NETWORKS, *EXTRAS, *HEADS)
-    add("--workloads", nargs="+", choices=named, metavar="NAME", help=names)
+    add("--preset", choices=PRESETS, default=DEFAULT, help="the next seven options select from it")
+    names = "; ".join(f"{preset}: {', '.join(workloads)}" for preset, workloads in named.items())
+    choices = list(itertools.chain(*named.values()))
+    add("--workloads", nargs="+", choices=choices, metavar="NAME", help=f"of a preset: {names}")
     add("--sizes", nargs="+", type=parse_size, metavar="N", help="elements, such as 640 or 2^20")
     add("--mode", nargs="+", choices=MODES, help="default: both")
     add("--dtype", nargs="+", choices=DTYPES, help="of the logits; default: float32")
@@ -89,127 +63,39 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("torch finds no CUDA device")
     if arguments.device is None:
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if arguments.workloads and arguments.preset in (None, "goals", "peers"):
-        parser.error("--workloads needs --preset workloads, training, extras or heads")
-    if arguments.alone and (arguments.preset or arguments.graph):
+    if arguments.workloads and arguments.preset not in named:
+        *most, last = named
+        parser.error(f"--workloads needs --preset {', '.join(most)} or {last}")
+    if arguments.alone and (arguments.preset != DEFAULT or arguments.graph):
         parser.error("--alone goes with the ladder of sizes: presets and graphs compare")
     if arguments.graph and arguments.device == "cpu":
         parser.error("--graph needs --device cuda: CUDA graphs replay what runs on a GPU")
     return arguments
 
 
-def ladder_cases(arguments: argparse.Namespace) -> list[Case]:
-    # The sizes run fastest: cases that differ in nothing else share a table.
-    combinations = itertools.product(
-        arguments.mode or MODES,
-        arguments.dtype or ["float32"],
-        arguments.reduction or ["mean"],
-        arguments.weights or ["none"],
-        arguments.sizes or SIZES,
-    )
-    cases = [
-        Case(
-            numel=numel,
-            device=arguments.device,
-            mode=mode,
-            dtype=dtype,
-            target_dtype=arguments.target_dtype or dtype,
-            reduction=reduction,
-            weights=weights,
-        )
-        for mode, dtype, reduction, weights, numel in combinations
-    ]
-    return [with_logits(case, arguments) for case in cases]
-
-
-def is_selected(case: Case, arguments: argparse.Namespace) -> bool:
-    return (
-        case.numel in (arguments.sizes or [case.numel])
-        and case.mode in (arguments.mode or [case.mode])
-        and case.dtype in (arguments.dtype or DTYPES)
-        and case.target_dtype == (arguments.target_dtype or case.target_dtype)
-        and case.reduction in (arguments.reduction or REDUCTIONS)
-        and case.weights in (arguments.weights or WEIGHTS)
-        and case.workload in (arguments.workloads or [case.workload])
-    )
-
-
-def preset_goals(arguments: argparse.Namespace) -> list[Goal]:
-    if arguments.preset != "goals":
-        return []
-    goals = cuda_goals() if arguments.device == "cuda" else cpu_goals()
-    return [
-        dataclasses.replace(goal, case=with_logits(goal.case, arguments))
-        for goal in goals
-        if is_selected(goal.case, arguments)
-    ]
-
-
-def preset_cases(goals: list[Goal], arguments: argparse.Namespace) -> list[Case]:
-    device = arguments.device
-    cases = {
-        "goals": cases_without_goals() if device == "cuda" else [],
-        "workloads": [workload_case(name, device) for name in WORKLOADS],
-        "training": [training_case(name, device) for name in NETWORKS],
-        "peers": [goal_case(device, n, mode) for mode in MODES for n in PEER_SIZES[device]],
-        # They have no shapes of their own: any size will do.
-        "extras": [
-            extra_case(name, device, n) for n in arguments.sizes or EXTRA_SIZES for name in EXTRAS
-        ],
-        "heads": [
-            heads_case(name, device, n)
-            for n in arguments.sizes or HEAD_SIZES[device]
-            for name in HEADS
-        ],
-    }[arguments.preset]
-    selected = [with_logits(case, arguments) for case in cases if is_selected(case, arguments)]
-    # Several goals share a case.
-    return list(dict.fromkeys([*(goal.case for goal in goals), *selected]))
-
-
-def with_logits(case: Case, arguments: argparse.Namespace) -> Case:
-    """The case with the kind of logits that is asked for; without backward there is only one."""
-    if arguments.non_leaf and case.mode == "fwd+bwd":
-        return dataclasses.replace(case, mode=NON_LEAF)
-    return case
-
-
-def contenders_of(case: Case, arguments: argparse.Namespace) -> dict[str, Contender]:
-    if isinstance(case, TrainingCase):
-        return training.make_contenders(case, with_compile=not arguments.no_compile)
-    if isinstance(case, ExtraCase):
-        return extras.make_contenders(case, with_compile=not arguments.no_compile)
-    if isinstance(case, HeadsCase):
-        return heads.make_contenders(case, with_compile=not arguments.no_compile)
-    return make_contenders(
-        case,
-        with_compile=not arguments.no_compile,
-        with_graph=arguments.graph,
-        with_peers=arguments.preset == "peers",
-        alone=arguments.alone,
-    )
-
-
-def measure(case: Case, arguments: argparse.Namespace, facts: dict) -> dict[str, Row]:
+def measure(
+    case: Case, preset: Preset, arguments: argparse.Namespace, facts: dict
+) -> dict[str, Row]:
     """One row for each contender."""
     torch.manual_seed(0)
-    contenders = contenders_of(case, arguments)
+    contenders = preset.contenders(
+        case, with_compile=not arguments.no_compile, with_graph=arguments.graph
+    )
     steps = {name: contender.step for name, contender in contenders.items()}
     calls = calls_per_sample(steps, case.device)
     with machine.OtherLoad() as others:
         timings = time_alternating(steps, calls, case.device, arguments.repeats, arguments.seconds)
-    bytes_per_element = dict.fromkeys(steps, case.bytes_per_element)
-    bytes_per_element["copy"] = 2 * copied_per_element(case.numel)
-    if "fused plain" in steps:
-        bytes_per_element["fused plain"] = case.plain.bytes_per_element
+    bytes_per_element = {
+        name: contender.bytes_per_element or case.bytes_per_element
+        for name, contender in contenders.items()
+    }
     rows = {}
     del steps
     for name in list(contenders):
         # Those that were timed make room: at the largest sizes there is room for one.
         renew = contenders.pop(name).renew
         rows[name] = Row(
-            **facts,
-            **dataclasses.asdict(case),
+            **facts | dataclasses.asdict(case),
             shape="x".join(map(str, case.shape)),
             contender=name,
             bytes_per_element=bytes_per_element[name],
@@ -222,48 +108,26 @@ def measure(case: Case, arguments: argparse.Namespace, facts: dict) -> dict[str,
     return rows
 
 
-def measure_all(cases: list[Case], arguments: argparse.Namespace, console: Console) -> Measured:
+def measure_all(
+    cases: list[Case], preset: Preset, arguments: argparse.Namespace, console: Console
+) -> Measured:
     """Prints a table and extends the CSV file as the cases are done."""
-    facts = {**machine.facts(arguments.device), "command": shlex.join(["python", *sys.argv])}
-    path = arguments.output
-    if path.suffix != ".csv":
-        content = arguments.preset or "ladder"
-        path /= file_name(arguments.device, facts["device_name"], facts["date"], content)
+    facts = machine.facts(arguments.device)
+    path = csv_path(arguments.output, facts, arguments.preset)
     start_file(path, arguments.append)
     measured: Measured = {}
-    compares = arguments.preset in (None, "goals") and not arguments.alone
-    table = times_table if compares else contenders_table
+    table, legend = BY_SIZE if preset.by_size else BY_CONTENDER
     for title, group in itertools.groupby(cases, key=lambda case: case.title):
         of_group: Measured = {}
         for case in group:
             with console.status(f"{title}, {case.label}"):
-                of_group[case] = measure(case, arguments, facts)
+                of_group[case] = measure(case, preset, arguments, facts)
             append_rows(path, list(of_group[case].values()))
         console.print(table(of_group))
         measured |= of_group
-    legend = LEGEND if table is times_table else CONTENDERS_LEGEND
-    console.print(legend, *notes(cases, arguments), sep="\n", soft_wrap=True)
+    console.print(legend, *preset.notes(cases), sep="\n", soft_wrap=True)
     console.print(f"Written to {path}", soft_wrap=True)
     return measured
-
-
-def notes(cases: list[Case], arguments: argparse.Namespace) -> list[str]:
-    """What a reader of the tables must know beside the numbers."""
-    workloads = [case for case in cases if isinstance(case, WorkloadCase)]
-    lines = [describe(case) for case in workloads]
-    if any(case.target_dtype == "bool" for case in workloads):
-        fused = "takes them" if takes_bool_targets(arguments.device) else "gets the same"
-        lines.append(f"Bool targets: cast to the dtype of the logits for torch, fused {fused}.")
-    if arguments.preset == "extras":
-        lines += [extras.describe(name) for name in dict.fromkeys(case.workload for case in cases)]
-    if arguments.preset == "heads":
-        lines += heads.NOTES
-    if arguments.preset == "peers":
-        missing = {
-            f"{name}: {reason}" for case in cases for name, reason in missing_peers(case).items()
-        }
-        lines += [f"Not measured: {line}." for line in sorted(missing)]
-    return lines
 
 
 def warn_of_load(measured: Measured, console: Console) -> None:
@@ -282,14 +146,19 @@ def warn_of_load(measured: Measured, console: Console) -> None:
 
 def main() -> None:
     arguments = parse_arguments()
-    console = Console()
-    if not console.is_terminal:
-        console.width = 150
-    goals = preset_goals(arguments)
-    cases = preset_cases(goals, arguments) if arguments.preset else ladder_cases(arguments)
+    preset = Alone() if arguments.alone else PRESETS[arguments.preset]
+    asked = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Selection)}
+    selection = Selection(**asked)
+    cases = [selection.with_logits(c) for c in preset.cases(selection) if selection.takes(c)]
     if not cases:
         sys.exit(f"The preset {arguments.preset} has no such case")
-    measured = measure_all(cases, arguments, console)
+    console = make_console()
+    measured = measure_all(cases, preset, arguments, console)
+    goals = [
+        dataclasses.replace(goal, case=selection.with_logits(goal.case))
+        for goal in preset.goals(arguments.device)
+        if selection.takes(goal.case)
+    ]
     if goals:
         console.print(goals_table(goals, measured))
     warn_of_load(measured, console)

@@ -18,12 +18,16 @@ class Case:
 
     numel: int
     device: str
-    mode: str
-    dtype: str
-    target_dtype: str
-    reduction: str
-    weights: str
+    mode: str = "fwd+bwd"
+    dtype: str = "float32"
+    target_dtype: str = ""  # becomes that of the logits
+    reduction: str = "mean"
+    weights: str = "none"
     workload: str = ""  # its name, for cases that are more than a size
+
+    def __post_init__(self):
+        if not self.target_dtype:
+            object.__setattr__(self, "target_dtype", self.dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,28 +1,22 @@
 """What torch's loss does not take, against what its users write by hand."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from contenders.base import (
-    CastsTarget,
-    Contender,
-    Inputs,
-    Loss,
-    compiled,
-    copies_of_inputs,
-    exit_unless_fused,
-    loss_contender,
-    make_inputs,
-)
-from contenders.limits import copy_step, stream_step
+from contenders.inputs import Inputs, copies_of_inputs
+from contenders.limits import limit_contenders
+from contenders.losses import CastsTarget, Loss, compiled, exit_unless_fused
+from contenders.steps import Contender, loss_contender
 from torch import Tensor
 from torch.nn import functional
 
 import fused_bce
 from cases.base import Case, size_text
+from cases.preset import Preset, Selection
 
-EXTRA_SIZES = (2**20, 2**24)
+SIZES = (2**20, 2**24)
 IGNORED = 255
 IGNORED_SHARE = 0.2
 SMOOTHING = 0.1
@@ -102,60 +96,56 @@ class ExtraCase(Case):
         return dataclasses.replace(self, target_dtype=self.dtype)
 
 
+class Extras(Preset):
+    summary = "what torch's loss does not take, against by hand"
+    workloads = EXTRAS
+
+    def cases(self, selection: Selection) -> list[Case]:
+        # They have no shapes of their own: any size will do.
+        sizes = dict.fromkeys(selection.sizes or SIZES)
+        return [extra_case(name, selection.device, numel) for numel in sizes for name in EXTRAS]
+
+    def contenders(
+        self, case: ExtraCase, with_compile: bool = True, with_graph: bool = False
+    ) -> dict[str, Contender]:
+        """Those of "fused plain" get targets that were cast before."""
+        inputs = [self.inputs(case) for _ in range(copies_of_inputs(case))]
+        losses = self.losses(case, inputs[0], with_compile)
+        contenders = {name: loss_contender(case, loss, inputs) for name, loss in losses.items()}
+        if case.plain is not None:
+            loss, cast = fused_bce.BCEWithLogitsLoss(), [plain_inputs(each) for each in inputs]
+            contenders["fused plain"] = dataclasses.replace(
+                loss_contender(case, loss, cast), bytes_per_element=case.plain.bytes_per_element
+            )
+        return contenders | limit_contenders(case, len(inputs))
+
+    def inputs(self, case: ExtraCase) -> Inputs:
+        logits, target, grad_loss = super().inputs(case)
+        if "ignore_index" in case.spec.options:
+            ignored = torch.empty_like(target, dtype=torch.bool).bernoulli_(IGNORED_SHARE)
+            target.masked_fill_(ignored, IGNORED)
+        return logits, target, grad_loss
+
+    def losses(self, case: ExtraCase, inputs: Inputs, with_compile: bool) -> dict[str, Loss]:
+        exit_unless_fused(*inputs[:2])
+        losses = {
+            "fused": fused_bce.BCEWithLogitsLoss(**case.spec.options),
+            "eager": case.spec.by_hand,
+        }
+        if with_compile:
+            losses["compile"] = compiled(case.spec.by_hand)
+        return losses
+
+    def notes(self, cases: Sequence[ExtraCase]) -> list[str]:
+        names = dict.fromkeys(case.workload for case in cases)
+        return [f"{name}: eager and compile have {EXTRAS[name].written}." for name in names]
+
+
 def extra_case(name: str, device: str, numel: int) -> ExtraCase:
     spec = EXTRAS[name]
-    return ExtraCase(
-        numel=numel,
-        device=device,
-        mode="fwd+bwd",
-        dtype=spec.dtype,
-        target_dtype=spec.target_dtype,
-        reduction="mean",
-        weights="none",
-        workload=name,
-    )
+    return ExtraCase(numel, device, dtype=spec.dtype, target_dtype=spec.target_dtype, workload=name)
 
 
-def make_contenders(case: ExtraCase, with_compile: bool = True) -> dict[str, Contender]:
-    """All of them with the same logits and targets; those of "fused plain" were cast before."""
-    inputs = [make_extra_inputs(case) for _ in range(copies_of_inputs(case))]
-    losses = make_losses(case, inputs[0], with_compile)
-    contenders = {name: loss_contender(case, loss, inputs) for name, loss in losses.items()}
-    if case.plain is not None:
-        contenders["fused plain"] = loss_contender(
-            case, fused_bce.BCEWithLogitsLoss(), [plain_inputs(case, i) for i in inputs]
-        )
-    contenders["stream"] = Contender(stream_step(case, len(inputs)))
-    if case.device == "cuda":
-        contenders["copy"] = Contender(copy_step(case.numel, case.device))
-    return contenders
-
-
-def make_losses(case: ExtraCase, inputs: Inputs, with_compile: bool) -> dict[str, Loss]:
-    """The losses of the case, by the name of their contender."""
-    exit_unless_fused(*inputs[:2])
-    losses = {
-        "fused": fused_bce.BCEWithLogitsLoss(**case.spec.options),
-        "eager": case.spec.by_hand,
-    }
-    if with_compile:
-        losses["compile"] = compiled(case.spec.by_hand)
-    return losses
-
-
-def make_extra_inputs(case: ExtraCase) -> Inputs:
-    logits, target, grad_loss = make_inputs(case)
-    if "ignore_index" in case.spec.options:
-        ignored = torch.empty_like(target, dtype=torch.bool).bernoulli_(IGNORED_SHARE)
-        target.masked_fill_(ignored, IGNORED)
-    return logits, target, grad_loss
-
-
-def plain_inputs(case: ExtraCase, inputs: Inputs) -> Inputs:
+def plain_inputs(inputs: Inputs) -> Inputs:
     logits, target, grad_loss = inputs
     return logits, target.to(logits.dtype), grad_loss
-
-
-def describe(name: str) -> str:
-    """A line for the reader of a table."""
-    return f"{name}: eager and compile have {EXTRAS[name].written}."

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-import torch
-from harness.rows import Row
+from harness.rows import Row, share_of_copy
 
 from cases.base import Case
 
@@ -25,7 +24,7 @@ class Goal:
     def measured(self, rows: dict[str, Row]) -> float | None:
         """The value in these rows, one for each contender; None if they do not tell."""
         if self.measure == PEAK:
-            return peak_multiple(rows["fused"])
+            return rows["fused"].peak_multiple
         if self.measure == SHARE_OF_COPY:
             return share_of_copy(rows)
         above, below = self.measure.removesuffix(WALL).split(" / ")
@@ -41,30 +40,3 @@ class Goal:
         if value is None:
             return False
         return measured >= value if self.bound == ">=" else measured <= value
-
-
-def peak_multiple(row: Row) -> float | None:
-    """Peak memory in multiples of the logits, without the few bytes of the loss and its sums."""
-    if row.peak_bytes is None:
-        return None
-    return round(row.peak_bytes / (row.numel * getattr(torch, row.dtype).itemsize), 2)
-
-
-def share_of_copy(rows: dict[str, Row]) -> float | None:
-    """The bandwidth of the fused loss in percent of the copy's."""
-    if "copy" not in rows:
-        return None
-    return 100 * rows["fused"].bandwidth / rows["copy"].bandwidth
-
-
-def goal_case(
-    device: str,
-    numel: int,
-    mode: str = "fwd+bwd",
-    dtype: str = "float32",
-    target_dtype: str | None = None,
-    reduction: str = "mean",
-    weights: str = "none",
-) -> Case:
-    """The plain training step, but for what is given."""
-    return Case(numel, device, mode, dtype, target_dtype or dtype, reduction, weights)

@@ -2,11 +2,12 @@
 
 from functools import partial
 
-from cases.goal import PEAK, Goal, goal_case
+from cases.base import Case
+from cases.goal import PEAK, Goal
 
 SMALL_SIZES = (1, 16, 64, 128, 640)
 
-cpu_case = partial(goal_case, "cpu")
+cpu_case = partial(Case, device="cpu")
 
 
 def cpu_goals() -> list[Goal]:
@@ -44,9 +45,9 @@ def variant_goals() -> list[Goal]:
         ({"dtype": "float64"}, 2),
     ]
     goals = []
-    for options, compiled in variants:
+    for variant, compiled in variants:
         for numel in (2**20, 2**24):
-            case = cpu_case(numel, **options)
+            case = cpu_case(numel, **variant)
             goals += [Goal(case, "eager / fused", ">=", 4)]
             goals += [Goal(case, "compile / fused", ">=", compiled)]
     return goals

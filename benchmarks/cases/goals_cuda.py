@@ -3,12 +3,12 @@
 from functools import partial
 
 from cases.base import Case
-from cases.goal import PEAK, SHARE_OF_COPY, WALL, Goal, goal_case
+from cases.goal import PEAK, SHARE_OF_COPY, WALL, Goal
 
 SMALL_SIZES = (1, 640, 2**12, 2**16)
 LARGE_SIZES = (2**26, 2**28)
 
-cuda_case = partial(goal_case, "cuda")
+cuda_case = partial(Case, device="cuda")
 
 
 def cuda_goals() -> list[Goal]:

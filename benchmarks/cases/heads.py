@@ -5,19 +5,22 @@ pass is then held once for each head.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from contenders.base import Contender, compiled, exit_unless_fused, make_inputs
+from contenders.inputs import make_inputs
+from contenders.losses import WithLoss, compiled, exit_unless_fused
+from contenders.steps import Contender, gradients_contender
 from torch import Tensor, nn
 
 import fused_bce
 from cases.base import Case, size_text
-from cases.training import WithLoss
+from cases.preset import Preset, Selection
 
 COUNT = 6
 # Logits of one head
-HEAD_SIZES = {"cpu": (2**22,), "cuda": (2**26,)}
+SIZES = {"cpu": (2**22,), "cuda": (2**26,)}
 FEATURES = 64
 
 
@@ -72,23 +75,32 @@ class SummedLosses(nn.Module):
         return sum(map(self.loss, logits, targets))
 
 
+class Heads(Preset):
+    summary = "several losses, summed, and one backward pass"
+    workloads = HEADS
+
+    def cases(self, selection: Selection) -> list[Case]:
+        sizes = dict.fromkeys(selection.sizes or SIZES[selection.device])
+        return [heads_case(name, selection.device, numel) for numel in sizes for name in HEADS]
+
+    def contenders(
+        self, case: HeadsCase, with_compile: bool = True, with_graph: bool = False
+    ) -> dict[str, Contender]:
+        features, targets = make_data(case)
+        models = make_models(case, with_compile)
+        return {name: heads_contender(model, features, targets) for name, model in models.items()}
+
+    def notes(self, _cases: Sequence[Case]) -> list[str]:
+        return [
+            "N and peak count the logits of one head: those of all six together are 6.",
+            "six losses, leaf logits: the logits are inputs; their six gradients are the peak.",
+            f"six heads: {FEATURES} hidden features and six Linear layers that share them. In the "
+            "peak is what forward keeps for backward, the logits included.",
+        ]
+
+
 def heads_case(name: str, device: str, numel: int) -> HeadsCase:
-    return HeadsCase(
-        numel=numel,
-        device=device,
-        mode="summed fwd+bwd",
-        dtype="float32",
-        target_dtype="float32",
-        reduction="mean",
-        weights="none",
-        workload=name,
-    )
-
-
-def make_contenders(case: HeadsCase, with_compile: bool = True) -> dict[str, Contender]:
-    features, targets = make_data(case)
-    models = make_models(case, with_compile)
-    return {name: make_contender(model, features, targets) for name, model in models.items()}
+    return HeadsCase(numel, device, mode="summed fwd+bwd", workload=name)
 
 
 def make_data(case: HeadsCase) -> tuple[Tensor, Tensor]:
@@ -117,21 +129,9 @@ def make_models(case: HeadsCase, with_compile: bool) -> dict[str, nn.Module]:
     return models
 
 
-def make_contender(model: nn.Module, features: Tensor, targets: Tensor) -> Contender:
+def heads_contender(model: nn.Module, features: Tensor, targets: Tensor) -> Contender:
     def step():
         model.zero_grad()
         model(features, targets).backward()
 
-    def renew():
-        model.zero_grad()
-        return step
-
-    return Contender(step, renew)
-
-
-NOTES = (
-    "N and peak count the logits of one head: those of all six together are 6.",
-    "six losses, leaf logits: the logits are inputs; their six gradients are the peak.",
-    f"six heads: {FEATURES} hidden features and six Linear layers that share them. In the peak is "
-    "what forward keeps for backward, the logits included.",
-)
+    return gradients_contender(step, model.zero_grad)

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from contenders.base import Contender, compiled
+from contenders.losses import WithLoss, compiled
+from contenders.steps import Contender, gradients_contender
 from torch import Tensor, nn
 
 import fused_bce
 from cases.base import Case
+from cases.preset import Preset, Selection
 
 # The categories of AmazonCat-13K, as in workloads.py
 LABELS = 13330
@@ -52,42 +54,44 @@ class TrainingCase(Case):
         return f"training step, {self.dtype}, batch of {self.shape[0]:,}, {LABELS:,} labels"
 
 
+class Training(Preset):
+    summary = "whole training steps"
+    workloads = NETWORKS
+
+    def cases(self, selection: Selection) -> list[Case]:
+        return [training_case(name, selection.device) for name in NETWORKS]
+
+    def contenders(
+        self, case: TrainingCase, with_compile: bool = True, with_graph: bool = False
+    ) -> dict[str, Contender]:
+        """Each trains a network of its own on the same batches.
+
+        "no loss" hands a fixed gradient to the logits: no loss can make the step shorter than that.
+        """
+        spec = NETWORKS[case.workload]
+        features = torch.randn(case.shape[0], spec.features, device=case.device)
+        target = torch.empty(case.shape, device=case.device).bernoulli_()
+        batches = list(zip(features.chunk(spec.parts), target.chunk(spec.parts), strict=True))
+
+        def make(loss: nn.Module, wrap: Callable = lambda model: model) -> Contender:
+            model = WithLoss(make_network(spec), loss).to(case.device)
+            return training_contender(model, through_loss(wrap(model)), batches)
+
+        fused, eager = fused_bce.BCEWithLogitsLoss(), nn.BCEWithLogitsLoss()
+        contenders = {"fused": make(fused), "eager": make(eager)}
+        if with_compile:
+            contenders["compile"] = make(eager, compiled)
+            contenders["fused compile"] = make(fused, compiled)
+        network = make_network(spec).to(case.device)
+        grad_logits = torch.randn_like(batches[0][1]) / case.numel
+        contenders["no loss"] = training_contender(
+            network, past_loss(network, grad_logits), batches
+        )
+        return contenders
+
+
 def training_case(workload: str, device: str) -> TrainingCase:
-    return TrainingCase(
-        numel=BATCH[device] * LABELS,
-        device=device,
-        mode="step",
-        dtype="float32",
-        target_dtype="float32",
-        reduction="mean",
-        weights="none",
-        workload=workload,
-    )
-
-
-def make_contenders(case: TrainingCase, with_compile: bool = True) -> dict[str, Contender]:
-    """Each trains a network of its own on the same batches.
-
-    "no loss" hands a fixed gradient to the logits: no loss can make the step shorter than that.
-    """
-    spec = NETWORKS[case.workload]
-    inputs = torch.randn(case.shape[0], spec.features, device=case.device)
-    target = torch.empty(case.shape, device=case.device).bernoulli_()
-    batches = list(zip(inputs.chunk(spec.parts), target.chunk(spec.parts), strict=True))
-
-    def make(loss: nn.Module, wrap: Callable = lambda model: model) -> Contender:
-        model = WithLoss(make_network(spec), loss).to(case.device)
-        return make_contender(model, through_loss(wrap(model)), batches)
-
-    fused, eager = fused_bce.BCEWithLogitsLoss(), nn.BCEWithLogitsLoss()
-    contenders = {"fused": make(fused), "eager": make(eager)}
-    if with_compile:
-        contenders["compile"] = make(eager, compiled)
-        contenders["fused compile"] = make(fused, compiled)
-    network = make_network(spec).to(case.device)
-    grad_logits = torch.randn_like(batches[0][1]) / case.numel
-    contenders["no loss"] = make_contender(network, past_loss(network, grad_logits), batches)
-    return contenders
+    return TrainingCase(BATCH[device] * LABELS, device, mode="step", workload=workload)
 
 
 def make_network(spec: Network) -> nn.Module:
@@ -95,43 +99,27 @@ def make_network(spec: Network) -> nn.Module:
     return nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.Linear(features, LABELS))
 
 
-class WithLoss(nn.Module):
-    """A network and its loss, so that both can be compiled together."""
-
-    def __init__(self, network: nn.Module, loss: nn.Module):
-        super().__init__()
-        self.network = network
-        self.loss = loss
-
-    def forward(self, inputs: Tensor, target: Tensor) -> Tensor:
-        return self.loss(self.network(inputs), target)
-
-
 def through_loss(model: Callable[[Tensor, Tensor], Tensor]) -> Backward:
-    def backward(inputs, target, parts):
-        loss = model(inputs, target)
+    def backward(features, target, parts):
+        loss = model(features, target)
         (loss / parts if parts > 1 else loss).backward()
 
     return backward
 
 
 def past_loss(network: nn.Module, grad_logits: Tensor) -> Backward:
-    return lambda inputs, target, parts: network(inputs).backward(grad_logits)
+    return lambda features, target, parts: network(features).backward(grad_logits)
 
 
-def make_contender(
+def training_contender(
     model: nn.Module, backward: Backward, batches: list[tuple[Tensor, Tensor]]
 ) -> Contender:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 
     def step():
         optimizer.zero_grad()
-        for inputs, target in batches:
-            backward(inputs, target, len(batches))
+        for features, target in batches:
+            backward(features, target, len(batches))
         optimizer.step()
 
-    def renew():
-        optimizer.zero_grad()
-        return step
-
-    return Contender(step, renew)
+    return gradients_contender(step, optimizer.zero_grad)

@@ -1,11 +1,14 @@
 """Losses as people train with them: shapes, dtypes and weights of known models and data sets."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from contenders.losses import takes_bool_targets
 
 from cases.base import Case
+from cases.preset import Preset, Selection
 
 Shape = tuple[int, ...]
 
@@ -101,15 +104,28 @@ def on_device(shape: Shape, spec: Workload, device: str) -> Shape:
     return shape[0] // spec.cpu_factor, *shape[1:]
 
 
+class Workloads(Preset):
+    summary = "losses as people train with them"
+    workloads = WORKLOADS
+
+    def cases(self, selection: Selection) -> list[Case]:
+        return [workload_case(name, selection.device) for name in WORKLOADS]
+
+    def notes(self, cases: Sequence[WorkloadCase]) -> list[str]:
+        lines = [describe(case) for case in cases]
+        if any(case.target_dtype == "bool" for case in cases):
+            fused = "takes them" if takes_bool_targets(cases[0].device) else "gets the same"
+            lines.append(f"Bool targets: cast to the dtype of the logits for torch, fused {fused}.")
+        return lines
+
+
 def workload_case(name: str, device: str) -> WorkloadCase:
     spec = WORKLOADS[name]
     return WorkloadCase(
         numel=math.prod(on_device(spec.shape, spec, device)),
         device=device,
-        mode="fwd+bwd",
         dtype=spec.dtype,
         target_dtype=spec.target_dtype,
-        reduction="mean",
         weights="weight" if spec.weight else "pos_weight" if spec.pos_weight else "none",
         workload=name,
     )

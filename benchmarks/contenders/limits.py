@@ -8,12 +8,24 @@ from cases.base import Case
 from harness.timing import Step
 from torch import Tensor
 
+from contenders.steps import Contender
+
 # Large enough that a GPU copies at its full bandwidth.
 COPIED_BYTES = 2**30
 
 
+def limit_contenders(case: Case, copies: int) -> dict[str, Contender]:
+    """The copies are of the inputs, through which the stream rotates as the losses do."""
+    limits = {"stream": Contender(stream_step(case, copies))}
+    if case.device == "cuda":
+        # What is copied is read and written.
+        moved = 2 * copied_per_element(case.numel)
+        limits["copy"] = Contender(copy_step(case.numel, case.device), bytes_per_element=moved)
+    return limits
+
+
 def copied_per_element(numel: int) -> int:
-    """Bytes of the copied buffer for each element of the case, as the CSV file counts them all."""
+    """Bytes of the copied buffer for each element of the case, as the CSV file counts all bytes."""
     number = torch.float32.itemsize
     return math.ceil(COPIED_BYTES / (number * numel)) * number
 

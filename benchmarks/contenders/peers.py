@@ -2,14 +2,13 @@
 
 import importlib
 import importlib.util
-from collections.abc import Callable
 
 import torch
 from cases.base import Case
 from torch import Tensor
 from torch.nn import functional
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+from contenders.losses import Loss
 
 
 def sigmoid_then_bce(logits: Tensor, target: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import shlex
+import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,9 +14,10 @@ import fused_bce
 
 
 def facts(device: str) -> dict[str, str | int]:
-    """The columns of a row that are the same in the whole run."""
+    """The columns that are the same in the whole run, by name."""
     build = fused_bce.build_info()
     return {
+        "device": device,
         "device_name": torch.cuda.get_device_name() if device == "cuda" else cpu_model(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "",
@@ -22,6 +25,7 @@ def facts(device: str) -> dict[str, str | int]:
         "instruction_set": build["cpu_instruction_set"],
         "threads": torch.get_num_threads(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.argv]),
     }
 
 

@@ -7,13 +7,17 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import get_args
 
+import torch
+
+RESULTS = Path(__file__).parent.parent / "results"
+
 # In processors; below it is what an idle system does by itself.
 TOLERABLE_LOAD = 0.1
 
 
 @dataclass(frozen=True)
-class Origin:
-    """The columns of a row that are the same in the whole run."""
+class Facts:
+    """The columns that are the same in the whole run: see machine.py."""
 
     device: str
     device_name: str
@@ -26,7 +30,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Row(Origin):
+class Row(Facts):
     """One contender in one case. The fields are the header of the CSV."""
 
     contender: str
@@ -56,9 +60,16 @@ class Row(Origin):
         """Bytes a second."""
         return self.bytes_per_element * self.numel / self.median_seconds
 
+    @property
+    def peak_multiple(self) -> float | None:
+        """Peak memory in multiples of the logits, without the few bytes of the loss and sums."""
+        if self.peak_bytes is None:
+            return None
+        return round(self.peak_bytes / (self.numel * getattr(torch, self.dtype).itemsize), 2)
+
 
 @dataclass(frozen=True)
-class AccuracyRow(Origin):
+class AccuracyRow(Facts):
     """The largest error of one contender over a short range of logits."""
 
     contender: str
@@ -71,19 +82,31 @@ class AccuracyRow(Origin):
     command: str
 
 
-def header(kind: type[Origin]) -> list[str]:
+def header(kind: type[Facts]) -> list[str]:
     return [field.name for field in fields(kind)]
 
 
-def file_name(device: str, device_name: str, date: str, content: str) -> str:
-    """One file for the CPU, renewed by each run; for GPUs, one for each model and day."""
-    if device == "cpu":
-        return f"cpu-{content}.csv"
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
-    return f"{slug}-{content}-{date[:10]}.csv"
+def share_of_copy(rows: dict[str, Row]) -> float | None:
+    """The bandwidth of the fused loss in percent of the copy's."""
+    if "copy" not in rows:
+        return None
+    return 100 * rows["fused"].bandwidth / rows["copy"].bandwidth
 
 
-def read_rows(path: Path, kinds: Sequence[type[Origin]] = (Row,)) -> list:
+def csv_path(output: Path, facts: dict[str, str | int], content: str) -> Path:
+    """Where the rows go: the output if it is a file, else one in that folder.
+
+    There is one file for the CPU, renewed by each run; for GPUs, one for each model and day.
+    """
+    if output.suffix == ".csv":
+        return output
+    if facts["device"] == "cpu":
+        return output / f"cpu-{content}.csv"
+    slug = re.sub(r"[^a-z0-9]+", "-", facts["device_name"].lower()).strip("-")
+    return output / f"{slug}-{content}-{facts['date'][:10]}.csv"
+
+
+def read_rows(path: Path, kinds: Sequence[type[Facts]] = (Row,)) -> list:
     """The rows of a file, of that one of the kinds which has its columns."""
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
@@ -93,12 +116,12 @@ def read_rows(path: Path, kinds: Sequence[type[Origin]] = (Row,)) -> list:
     raise SystemExit(f"{path} does not have the columns of this benchmark")
 
 
-def is_header(names: Sequence[str], kind: type[Origin]) -> bool:
+def is_header(names: Sequence[str], kind: type[Facts]) -> bool:
     required = {field.name for field in fields(kind) if field.default is MISSING}
     return set(header(kind)) >= set(names) >= required
 
 
-def parse_row(record: dict[str, str], kind: type[Origin]) -> Origin:
+def parse_row(record: dict[str, str], kind: type[Facts]) -> Facts:
     columns = [field for field in fields(kind) if field.name in record]
     return kind(**{field.name: parse_cell(record[field.name], field.type) for field in columns})
 
@@ -109,7 +132,7 @@ def parse_cell(text: str, kind: type) -> str | int | float | None:
     return None if others and not text else first(text)
 
 
-def start_file(path: Path, append: bool = False, kind: type[Origin] = Row) -> None:
+def start_file(path: Path, append: bool = False, kind: type[Facts] = Row) -> None:
     """Writes the header, or checks the one that is there."""
     if append and path.exists():
         with path.open(newline="") as file:
@@ -121,6 +144,6 @@ def start_file(path: Path, append: bool = False, kind: type[Origin] = Row) -> No
         csv.writer(file).writerow(header(kind))
 
 
-def append_rows(path: Path, rows: Sequence[Origin]) -> None:
+def append_rows(path: Path, rows: Sequence[Facts]) -> None:
     with path.open("a", newline="") as file:
         csv.DictWriter(file, header(type(rows[0]))).writerows(asdict(row) for row in rows)

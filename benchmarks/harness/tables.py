@@ -1,7 +1,8 @@
 """The tables on the screen."""
 
 from cases.base import Case, size_text
-from cases.goal import Goal, peak_multiple, share_of_copy
+from cases.goal import Goal, share_of_copy
+from rich.console import Console
 from rich.table import Table
 
 from harness.rows import Row
@@ -20,6 +21,14 @@ CONTENDERS_LEGEND = (
 )
 
 Measured = dict[Case, dict[str, Row]]
+
+
+def make_console() -> Console:
+    """Wide enough for the tables, where what is printed goes into a file."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 150
+    return console
 
 
 def time_text(seconds: float) -> str:
@@ -55,7 +64,7 @@ def times_cells(rows: dict[str, Row], contenders: list[str]) -> list[str]:
         known = above in times and below in times
         cells.append(f"{times[above] / times[below]:.2f}" if known else "")
     cells.append(f"{rows['fused'].bandwidth / 1e9:.3g}")
-    cells += [f"{peak_multiple(rows[name]):.2f}" for name in ("fused", "eager")]
+    cells += [f"{rows[name].peak_multiple:.2f}" for name in ("fused", "eager")]
     if "copy" in rows:
         cells += [f"{rows['copy'].bandwidth / 1e9:.0f}", f"{share_of_copy(rows):.1f}"]
     return cells
@@ -79,13 +88,18 @@ def contenders_table(measured: Measured) -> Table:
 
 def contender_cells(row: Row, rows: dict[str, Row]) -> list[str]:
     """Empty where there is no such number: a whole training step has no limit to come near to."""
-    peak, stream = peak_multiple(row), rows.get("stream")
+    peak, stream = row.peak_multiple, rows.get("stream")
     return [
         time_text(row.median_seconds),
         f"{row.median_seconds / rows['fused'].median_seconds:.2f}",
         "" if peak is None else f"{peak:.2f}",
         "" if stream is None else f"{100 * stream.median_seconds / row.median_seconds:.0f}",
     ]
+
+
+# Each with what it must say of its columns
+BY_SIZE = (times_table, LEGEND)
+BY_CONTENDER = (contenders_table, CONTENDERS_LEGEND)
 
 
 def goals_table(goals: list[Goal], measured: Measured) -> Table:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-from cases.goal import peak_multiple
 from harness.rows import Row
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -64,7 +63,7 @@ def speedup(name: str, bars: Bars) -> float | None:
 
 
 def peak(name: str, bars: Bars) -> float | None:
-    return peak_multiple(bars[name])
+    return bars[name].peak_multiple
 
 
 def draw(axes: Axes, cases: dict[tuple[str, int], Bars], measure: Callable) -> None:

@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 
-from harness.rows import Origin, Row
+from harness.rows import Facts, Row
 
 STYLES = {
     "eager": {"color": "tab:orange", "marker": "s"},
@@ -22,7 +22,7 @@ STYLES = {
 }
 
 
-def caption(rows: Sequence[Origin]) -> str:
+def caption(rows: Sequence[Facts]) -> str:
     """Where the numbers come from, each fact once."""
     facts = [machine_text(row) for row in rows]
     if any(isinstance(row, Row) and row.is_disturbed for row in rows):
@@ -31,7 +31,7 @@ def caption(rows: Sequence[Origin]) -> str:
     return "\n".join(textwrap.fill(text, 150) for text in unique)
 
 
-def machine_text(row: Origin) -> str:
+def machine_text(row: Facts) -> str:
     cuda = f", CUDA {row.cuda}" if row.cuda else ""
     instructions = f", {row.instruction_set}" if row.device == "cpu" else ""
     return (

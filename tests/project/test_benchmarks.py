@@ -254,9 +254,10 @@ def test_cuda_goals():
     ],
 )
 def test_measures_of_goals(measure, expected):
-    from cases.goal import Goal, goal_case
+    from cases.base import Case
+    from cases.goal import Goal
 
-    case = goal_case("cuda", 2**26)
+    case = Case(2**26, "cuda")
 
     def row(contender: str, bytes_per_element: int, seconds: float, wall: float):
         return make_row(
@@ -278,12 +279,15 @@ def test_measures_of_goals(measure, expected):
 
 
 def test_file_names():
-    from harness.rows import file_name
+    from harness.rows import csv_path
 
-    date = "2030-01-02T03:04:05+00:00"
-    assert file_name("cpu", "Some CPU", date, "goals") == "cpu-goals.csv"
-    name = file_name("cuda", "NVIDIA H100 80GB HBM3", date, "ladder")
-    assert name == "nvidia-h100-80gb-hbm3-ladder-2030-01-02.csv"
+    facts = {"device": "cpu", "device_name": "A CPU", "date": "2030-01-02T03:04:05+00:00"}
+    folder = Path("results")
+    assert csv_path(folder, facts, "goals") == folder / "cpu-goals.csv"
+    facts |= {"device": "cuda", "device_name": "NVIDIA H100 80GB HBM3"}
+    path = csv_path(folder, facts, "ladder")
+    assert path == folder / "nvidia-h100-80gb-hbm3-ladder-2030-01-02.csv"
+    assert csv_path(folder / "a.csv", facts, "ladder") == folder / "a.csv"
 
 
 @pytest.fixture
@@ -345,7 +349,8 @@ def test_nothing_selected(tmp_path):
 
 def test_workloads_of_both_devices(small_workloads):
     from cases.workloads import workload_case
-    from contenders.base import make_inputs, make_losses, make_weights
+    from contenders.inputs import make_inputs, make_weights
+    from contenders.losses import make_losses
 
     for name in small_workloads:
         shape = workload_case(name, "cuda").shape
@@ -378,21 +383,21 @@ def make_weights_again(loss):
 def test_bool_targets(monkeypatch, accepted):
     """Taken as they are if the kernels can, else cast, as they are for torch."""
     from cases.base import Case
-    from contenders import base as contenders
+    from contenders import losses
+    from contenders.inputs import make_inputs
 
-    case = Case(64, "cpu", "fwd+bwd", "bfloat16", "bool", "mean", "none")
-    inputs = contenders.make_inputs(case)
-    monkeypatch.setattr(contenders, "takes_bool_targets", lambda device: accepted)
-    monkeypatch.setattr(contenders.fused_bce, "why_not_fused", lambda *_, **__: None)
-    losses = contenders.make_losses(case, inputs, with_compile=False)
-    assert isinstance(losses["eager"], contenders.CastsTarget)
-    assert isinstance(losses["fused"], contenders.CastsTarget) == (not accepted)
+    case = Case(64, "cpu", dtype="bfloat16", target_dtype="bool")
+    monkeypatch.setattr(losses, "takes_bool_targets", lambda device: accepted)
+    monkeypatch.setattr(losses.fused_bce, "why_not_fused", lambda *_, **__: None)
+    made = losses.make_losses(case, make_inputs(case), with_compile=False)
+    assert isinstance(made["eager"], losses.CastsTarget)
+    assert isinstance(made["fused"], losses.CastsTarget) == (not accepted)
 
 
 def test_bool_targets_are_taken(device):
-    from contenders import base as contenders
+    from contenders.losses import takes_bool_targets
 
-    assert contenders.takes_bool_targets(device)
+    assert takes_bool_targets(device)
 
 
 def test_readme_names_every_workload():
@@ -441,6 +446,8 @@ def test_training(tmp_path, device):
 
 def test_training_steps_agree(small_networks, device):
     """torch's loss and ours, in one batch and in four parts: the same step of the optimizer."""
+    from contenders.losses import WithLoss
+
     import fused_bce
 
     spec = small_networks.NETWORKS["64 features"]
@@ -449,10 +456,10 @@ def test_training_steps_agree(small_networks, device):
     target = torch.rand(16, 40, device=device).round()
 
     def trained(loss, parts):
-        model = small_networks.WithLoss(small_networks.make_network(spec), loss).to(device)
+        model = WithLoss(small_networks.make_network(spec), loss).to(device)
         model.network.load_state_dict(start)
         batches = list(zip(inputs.chunk(parts), target.chunk(parts), strict=True))
-        small_networks.make_contender(model, small_networks.through_loss(model), batches).step()
+        small_networks.training_contender(model, small_networks.through_loss(model), batches).step()
         return torch.cat([parameter.detach().view(-1) for parameter in model.parameters()])
 
     expected = trained(torch.nn.BCEWithLogitsLoss(), 1)
@@ -466,7 +473,7 @@ def test_training_steps_agree(small_networks, device):
 def small_extras(monkeypatch):
     from cases import extras
 
-    monkeypatch.setattr(extras, "EXTRA_SIZES", (2**10, 2**12))
+    monkeypatch.setattr(extras, "SIZES", (2**10, 2**12))
     return extras
 
 
@@ -525,9 +532,10 @@ def test_extras_compute_the_same(device, with_compile):
 
     import fused_bce
 
+    preset = extras.Extras()
     for name in extras.EXTRAS:
         case = extras.extra_case(name, device, 2**12)
-        inputs = extras.make_extra_inputs(case)
+        inputs = preset.inputs(case)
         logits, target, _ = inputs
         assert str(target.dtype) == f"torch.{case.target_dtype}"
         assert (case.plain is not None) == ("targets" in name)
@@ -535,11 +543,11 @@ def test_extras_compute_the_same(device, with_compile):
         assert share == pytest.approx(0.2 if name == "ignore_index" else 0, abs=0.05)
         calls = {
             contender: (loss, target)
-            for contender, loss in extras.make_losses(case, inputs, with_compile).items()
+            for contender, loss in preset.losses(case, inputs, with_compile).items()
         }
         assert len(calls) == 2 + with_compile
         if case.plain is not None:
-            plain = extras.plain_inputs(case, inputs)[1]
+            plain = extras.plain_inputs(inputs)[1]
             assert plain.dtype is logits.dtype
             calls["fused plain"] = fused_bce.BCEWithLogitsLoss(), plain
         # From the definition
@@ -564,7 +572,7 @@ def test_extras_compute_the_same(device, with_compile):
 def small_heads(monkeypatch):
     from cases import heads
 
-    monkeypatch.setattr(heads, "HEAD_SIZES", {"cpu": (2**16,), "cuda": (2**16,)})
+    monkeypatch.setattr(heads, "SIZES", {"cpu": (2**16,), "cuda": (2**16,)})
     return heads
 
 
@@ -624,7 +632,7 @@ def test_heads_compute_the_same(device, with_compile):
         expected = sum(torch_bce(logits[i], targets[i].double()) for i in range(6))
         expected.backward()
         for model in models.values():
-            heads.make_contender(model, features, targets).step()
+            heads.heads_contender(model, features, targets).step()
             assert model(features, targets).item() == pytest.approx(expected.item(), rel=1e-6)
             for got, true in zip(model.parameters(), wide.parameters(), strict=True):
                 # The Linear layers add up some 100 terms in float32.
@@ -659,12 +667,12 @@ def test_peers(tmp_path, device):
 
 
 def test_peers_compute_the_same(device):
-    from cases.goal import goal_case
+    from cases.base import Case
     from contenders.peers import make_peers
 
     logits, target = torch.randn(1000, device=device), torch.rand(1000, device=device).round()
     expected = torch_bce(logits, target)
-    peers = make_peers(goal_case(device, 1000))
+    peers = make_peers(Case(1000, device))
     assert len(peers) >= 2
     for loss in peers.values():
         torch.testing.assert_close(loss(logits, target), expected)
@@ -672,17 +680,17 @@ def test_peers_compute_the_same(device):
 
 def test_flag_gems(monkeypatch, device):
     """Whatever it does, the run goes on, and says why it is left out."""
-    from cases.goal import goal_case
+    from cases.base import Case
     from contenders.peers import make_peers, missing_peers, why_not_flag_gems
 
-    forward, training = goal_case("cuda", 64, mode="fwd"), goal_case("cuda", 64)
+    forward, training = Case(64, "cuda", mode="fwd"), Case(64, "cuda")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert missing_peers(forward) == {"flag_gems": "not installed"}
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: "there it is")
     package = types.ModuleType("flag_gems")
     monkeypatch.setitem(sys.modules, "flag_gems", package)
-    assert why_not_flag_gems(goal_case("cpu", 64)) == "its kernels need a GPU"
+    assert why_not_flag_gems(Case(64, "cpu")) == "its kernels need a GPU"
     assert why_not_flag_gems(training) == "it has no backward pass of its own"
     # Releases up to 5.0 do not have the function; a machine without a GPU has no device.
     assert why_not_flag_gems(forward).startswith("it does not run here: ")
