@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from contenders.inputs import Inputs, copies_of_inputs
+from contenders.inputs import Inputs
 from contenders.limits import limit_contenders
 from contenders.losses import CastsTarget, Loss, compiled, exit_unless_fused
 from contenders.steps import Contender, loss_contender
@@ -36,8 +36,8 @@ def smoothed_by_hand(logits: Tensor, target: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Extra:
-    """One of them: what is particular to it, and what stands in its place."""
+class Spec:
+    """What is particular to a workload, and what torch's users have in its place."""
 
     by_hand: Loss
     written: str  # what that is, in a few words
@@ -51,17 +51,17 @@ CAST = {
     "written": "targets cast to the dtype of the logits",
 }
 
-EXTRAS = {
-    "bool targets": Extra(**CAST, target_dtype="bool"),
-    "bool targets, bfloat16": Extra(**CAST, dtype="bfloat16", target_dtype="bool"),
-    "int64 targets": Extra(**CAST, target_dtype="int64"),
-    "ignore_index": Extra(
+WORKLOADS = {
+    "bool targets": Spec(**CAST, target_dtype="bool"),
+    "bool targets, bfloat16": Spec(**CAST, dtype="bfloat16", target_dtype="bool"),
+    "int64 targets": Spec(**CAST, target_dtype="int64"),
+    "ignore_index": Spec(
         masked_by_hand,
         "ignored targets made 0, losses multiplied by a mask, their sum divided by its count",
         target_dtype="uint8",
         options={"ignore_index": IGNORED},
     ),
-    "label_smoothing": Extra(
+    "label_smoothing": Spec(
         smoothed_by_hand,
         f"targets times {1 - SMOOTHING:g} plus {SMOOTHING / 2:g}",
         options={"label_smoothing": SMOOTHING},
@@ -70,12 +70,10 @@ EXTRAS = {
 
 
 @dataclass(frozen=True)
-class ExtraCase(Case):
-    """The workload is a key of EXTRAS."""
-
+class ExtrasCase(Case):
     @property
-    def spec(self) -> Extra:
-        return EXTRAS[self.workload]
+    def spec(self) -> Spec:
+        return WORKLOADS[self.workload]
 
     @property
     def title(self) -> str:
@@ -98,18 +96,18 @@ class ExtraCase(Case):
 
 class Extras(Preset):
     summary = "what torch's loss does not take, against by hand"
-    workloads = EXTRAS
+    workloads = WORKLOADS
 
     def cases(self, selection: Selection) -> list[Case]:
         # They have no shapes of their own: any size will do.
         sizes = dict.fromkeys(selection.sizes or SIZES)
-        return [extra_case(name, selection.device, numel) for numel in sizes for name in EXTRAS]
+        return [make_case(name, selection.device, numel) for numel in sizes for name in WORKLOADS]
 
     def contenders(
-        self, case: ExtraCase, with_compile: bool = True, with_graph: bool = False
+        self, case: ExtrasCase, with_compile: bool = True, with_graph: bool = False
     ) -> dict[str, Contender]:
         """Those of "fused plain" get targets that were cast before."""
-        inputs = [self.inputs(case) for _ in range(copies_of_inputs(case))]
+        inputs = self.rotated_inputs(case)
         losses = self.losses(case, inputs[0], with_compile)
         contenders = {name: loss_contender(case, loss, inputs) for name, loss in losses.items()}
         if case.plain is not None:
@@ -119,14 +117,14 @@ class Extras(Preset):
             )
         return contenders | limit_contenders(case, len(inputs))
 
-    def inputs(self, case: ExtraCase) -> Inputs:
+    def inputs(self, case: ExtrasCase) -> Inputs:
         logits, target, grad_loss = super().inputs(case)
         if "ignore_index" in case.spec.options:
             ignored = torch.empty_like(target, dtype=torch.bool).bernoulli_(IGNORED_SHARE)
             target.masked_fill_(ignored, IGNORED)
         return logits, target, grad_loss
 
-    def losses(self, case: ExtraCase, inputs: Inputs, with_compile: bool) -> dict[str, Loss]:
+    def losses(self, case: ExtrasCase, inputs: Inputs, with_compile: bool) -> dict[str, Loss]:
         exit_unless_fused(*inputs[:2])
         losses = {
             "fused": fused_bce.BCEWithLogitsLoss(**case.spec.options),
@@ -136,14 +134,16 @@ class Extras(Preset):
             losses["compile"] = compiled(case.spec.by_hand)
         return losses
 
-    def notes(self, cases: Sequence[ExtraCase]) -> list[str]:
+    def notes(self, cases: Sequence[ExtrasCase]) -> list[str]:
         names = dict.fromkeys(case.workload for case in cases)
-        return [f"{name}: eager and compile have {EXTRAS[name].written}." for name in names]
+        return [f"{name}: eager and compile have {WORKLOADS[name].written}." for name in names]
 
 
-def extra_case(name: str, device: str, numel: int) -> ExtraCase:
-    spec = EXTRAS[name]
-    return ExtraCase(numel, device, dtype=spec.dtype, target_dtype=spec.target_dtype, workload=name)
+def make_case(name: str, device: str, numel: int) -> ExtrasCase:
+    spec = WORKLOADS[name]
+    return ExtrasCase(
+        numel, device, dtype=spec.dtype, target_dtype=spec.target_dtype, workload=name
+    )
 
 
 def plain_inputs(inputs: Inputs) -> Inputs:

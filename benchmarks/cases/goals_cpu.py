@@ -11,10 +11,10 @@ cpu_case = partial(Case, device="cpu")
 
 
 def cpu_goals() -> list[Goal]:
-    return [*plain_goals(), *forward_goals(), *variant_goals(), *small_goals()]
+    return [*backward_goals(), *forward_goals(), *variant_goals(), *small_goals()]
 
 
-def plain_goals() -> list[Goal]:
+def backward_goals() -> list[Goal]:
     goals = []
     for numel, eager, compiled in [(2**20, 6, 4.5), (2**24, 10, 4), (2**26, 10, 4)]:
         case = cpu_case(numel)

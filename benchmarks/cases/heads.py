@@ -26,7 +26,7 @@ FEATURES = 64
 
 @dataclass(frozen=True)
 class HeadsCase(Case):
-    """Size and shape are those of one head; the workload is a key of HEADS."""
+    """Size and shape are those of one head."""
 
     @property
     def title(self) -> str:
@@ -63,7 +63,7 @@ class LinearHeads(nn.Module):
         return [head(hidden) for head in self.heads]
 
 
-HEADS = {"six losses, leaf logits": LeafLogits, "six heads": LinearHeads}
+WORKLOADS = {"six losses, leaf logits": LeafLogits, "six heads": LinearHeads}
 
 
 class SummedLosses(nn.Module):
@@ -77,16 +77,16 @@ class SummedLosses(nn.Module):
 
 class Heads(Preset):
     summary = "several losses, summed, and one backward pass"
-    workloads = HEADS
+    workloads = WORKLOADS
 
     def cases(self, selection: Selection) -> list[Case]:
         sizes = dict.fromkeys(selection.sizes or SIZES[selection.device])
-        return [heads_case(name, selection.device, numel) for numel in sizes for name in HEADS]
+        return [make_case(name, selection.device, numel) for numel in sizes for name in WORKLOADS]
 
     def contenders(
         self, case: HeadsCase, with_compile: bool = True, with_graph: bool = False
     ) -> dict[str, Contender]:
-        features, targets = make_data(case)
+        features, targets = make_batch(case)
         models = make_models(case, with_compile)
         return {name: heads_contender(model, features, targets) for name, model in models.items()}
 
@@ -99,11 +99,11 @@ class Heads(Preset):
         ]
 
 
-def heads_case(name: str, device: str, numel: int) -> HeadsCase:
+def make_case(name: str, device: str, numel: int) -> HeadsCase:
     return HeadsCase(numel, device, mode="summed fwd+bwd", workload=name)
 
 
-def make_data(case: HeadsCase) -> tuple[Tensor, Tensor]:
+def make_batch(case: HeadsCase) -> tuple[Tensor, Tensor]:
     """What the network gets, and the targets of all heads."""
     features = torch.randn(case.shape[0], FEATURES, device=case.device)
     return features, torch.empty(COUNT, *case.shape, device=case.device).bernoulli_()
@@ -112,7 +112,7 @@ def make_data(case: HeadsCase) -> tuple[Tensor, Tensor]:
 def make_models(case: HeadsCase, with_compile: bool) -> dict[str, nn.Module]:
     """From features and targets to the sum of the losses; copies of one network, so that none
     frees the gradients of another."""
-    network = HEADS[case.workload](case).to(case.device)
+    network = WORKLOADS[case.workload](case).to(case.device)
     logits = torch.empty(case.shape, device=case.device)
     exit_unless_fused(logits, logits)
 

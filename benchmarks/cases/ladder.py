@@ -2,7 +2,6 @@
 
 import itertools
 
-from contenders.inputs import copies_of_inputs
 from contenders.steps import Contender, loss_contender
 
 from cases.base import MODES, Case
@@ -44,6 +43,6 @@ class Alone(Ladder):
     by_size = False
 
     def contenders(self, case: Case, **_) -> dict[str, Contender]:
-        inputs = [self.inputs(case) for _ in range(copies_of_inputs(case))]
+        inputs = self.rotated_inputs(case)
         fused = self.losses(case, inputs[0], with_compile=False)["fused"]
         return {"fused": loss_contender(case, fused, inputs)}

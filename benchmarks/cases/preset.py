@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from contenders.inputs import Inputs, copies_of_inputs, make_inputs
+from contenders.inputs import Inputs, count_rotated, make_inputs
 from contenders.limits import limit_contenders
 from contenders.losses import Loss, make_losses
 from contenders.steps import Contender, graph_contenders, loss_contender
@@ -64,12 +64,15 @@ class Preset:
         self, case: Case, with_compile: bool = True, with_graph: bool = False
     ) -> dict[str, Contender]:
         """By name; all get the same inputs."""
-        inputs = [self.inputs(case) for _ in range(copies_of_inputs(case))]
+        inputs = self.rotated_inputs(case)
         losses = self.losses(case, inputs[0], with_compile)
         contenders = {name: loss_contender(case, loss, inputs) for name, loss in losses.items()}
         if with_graph:
             contenders |= graph_contenders(case, losses, inputs)
         return contenders | limit_contenders(case, len(inputs))
+
+    def rotated_inputs(self, case: Case) -> list[Inputs]:
+        return [self.inputs(case) for _ in range(count_rotated(case))]
 
     def inputs(self, case: Case) -> Inputs:
         return make_inputs(case)

@@ -24,17 +24,17 @@ BATCH = {"cuda": 4096, "cpu": 256}
 
 
 @dataclass(frozen=True)
-class Network:
-    """A hidden layer as wide as the features, then one logit for each label."""
+class Spec:
+    """A network: a hidden layer as wide as the features, then one logit for each label."""
 
     features: int
     parts: int = 1  # backward passes in one step of the optimizer
 
 
-NETWORKS = {
-    "64 features": Network(64),
-    "512 features": Network(512),
-    "512 features, 4 parts": Network(512, parts=4),
+WORKLOADS = {
+    "64 features": Spec(64),
+    "512 features": Spec(512),
+    "512 features, 4 parts": Spec(512, parts=4),
 }
 
 Backward = Callable[[Tensor, Tensor, int], None]
@@ -42,7 +42,11 @@ Backward = Callable[[Tensor, Tensor, int], None]
 
 @dataclass(frozen=True)
 class TrainingCase(Case):
-    """A step of the optimizer; the workload is a key of NETWORKS."""
+    """A step of the optimizer."""
+
+    @property
+    def spec(self) -> Spec:
+        return WORKLOADS[self.workload]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,10 +60,10 @@ class TrainingCase(Case):
 
 class Training(Preset):
     summary = "whole training steps"
-    workloads = NETWORKS
+    workloads = WORKLOADS
 
     def cases(self, selection: Selection) -> list[Case]:
-        return [training_case(name, selection.device) for name in NETWORKS]
+        return [make_case(name, selection.device) for name in WORKLOADS]
 
     def contenders(
         self, case: TrainingCase, with_compile: bool = True, with_graph: bool = False
@@ -68,7 +72,7 @@ class Training(Preset):
 
         "no loss" hands a fixed gradient to the logits: no loss can make the step shorter than that.
         """
-        spec = NETWORKS[case.workload]
+        spec = case.spec
         features = torch.randn(case.shape[0], spec.features, device=case.device)
         target = torch.empty(case.shape, device=case.device).bernoulli_()
         batches = list(zip(features.chunk(spec.parts), target.chunk(spec.parts), strict=True))
@@ -90,11 +94,11 @@ class Training(Preset):
         return contenders
 
 
-def training_case(workload: str, device: str) -> TrainingCase:
-    return TrainingCase(BATCH[device] * LABELS, device, mode="step", workload=workload)
+def make_case(name: str, device: str) -> TrainingCase:
+    return TrainingCase(BATCH[device] * LABELS, device, mode="step", workload=name)
 
 
-def make_network(spec: Network) -> nn.Module:
+def make_network(spec: Spec) -> nn.Module:
     features = spec.features
     return nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.Linear(features, LABELS))
 

@@ -14,8 +14,8 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Workload:
-    """What is particular to one of them; its logits are float32 where nothing else is said."""
+class Spec:
+    """What is particular to a workload; its logits are float32 where nothing else is said."""
 
     origin: str  # a sentence: where the shape comes from
     shape: Shape
@@ -29,30 +29,30 @@ class Workload:
 
 
 WORKLOADS = {
-    "click-through": Workload(
+    "click-through": Spec(
         "One logit for each of 65,536 impressions, the batch of MLPerf's recommendation benchmark.",
         shape=(65536, 1),
     ),
-    "text labels": Workload(
+    "text labels": Spec(
         "256 texts and the 13,330 categories of AmazonCat-13K, rare ones weighted by pos_weight.",
         shape=(256, 13330),
         pos_weight=(13330,),
     ),
-    "extreme labels": Workload(
+    "extreme labels": Spec(
         "128 products and the 670,091 labels of Amazon-670K, in bfloat16, targets bool.",
         shape=(128, 670091),
         cpu_factor=8,
         dtype="bfloat16",
         target_dtype="bool",
     ),
-    "detection": Workload(
+    "detection": Spec(
         "4 images, some 100,000 anchors as in RetinaNet, the 80 classes of COCO, a weight for each "
         "anchor.",
         shape=(4, 100000, 80),
         cpu_factor=4,
         weight=(4, 100000, 1),
     ),
-    "segmentation": Workload(
+    "segmentation": Spec(
         "8 crops of 512 x 1024 pixels, one map for each of the 19 classes of Cityscapes, "
         "channels_last, pos_weight for each class.",
         shape=(8, 19, 512, 1024),
@@ -60,7 +60,7 @@ WORKLOADS = {
         pos_weight=(19, 1, 1),
         channels_last=True,
     ),
-    "contrastive": Workload(
+    "contrastive": Spec(
         "Each of 4,096 images against each of 4,096 texts, the pairwise sigmoid loss of SigLIP.",
         shape=(4096, 4096),
     ),
@@ -72,7 +72,7 @@ class WorkloadCase(Case):
     """A workload on a device."""
 
     @property
-    def spec(self) -> Workload:
+    def spec(self) -> Spec:
         return WORKLOADS[self.workload]
 
     @property
@@ -97,7 +97,7 @@ class WorkloadCase(Case):
         return f"workloads, {self.mode}, {self.reduction}"
 
 
-def on_device(shape: Shape, spec: Workload, device: str) -> Shape:
+def on_device(shape: Shape, spec: Spec, device: str) -> Shape:
     """The shape of the logits or of a weight, with the part of the batch that the device gets."""
     if device != "cpu" or len(shape) < len(spec.shape):
         return shape
@@ -109,7 +109,7 @@ class Workloads(Preset):
     workloads = WORKLOADS
 
     def cases(self, selection: Selection) -> list[Case]:
-        return [workload_case(name, selection.device) for name in WORKLOADS]
+        return [make_case(name, selection.device) for name in WORKLOADS]
 
     def notes(self, cases: Sequence[WorkloadCase]) -> list[str]:
         lines = [describe(case) for case in cases]
@@ -119,7 +119,7 @@ class Workloads(Preset):
         return lines
 
 
-def workload_case(name: str, device: str) -> WorkloadCase:
+def make_case(name: str, device: str) -> WorkloadCase:
     spec = WORKLOADS[name]
     return WorkloadCase(
         numel=math.prod(on_device(spec.shape, spec, device)),

@@ -9,15 +9,15 @@ from torch import Tensor
 Inputs = tuple[Tensor, Tensor, Tensor | None]  # logits, target, grad_loss
 
 # More than any L2: on the GPU the inputs rotate through this much, so that each call finds them
-# in memory. The limit on the copies is for small cases, which launches dominate anyhow.
+# in memory. The limit on their number is for small cases, which launches dominate anyhow.
 ROTATED_BYTES = 100e6
-MOST_COPIES = 256
+MOST_ROTATED = 256
 
 
-def copies_of_inputs(case: Case) -> int:
+def count_rotated(case: Case) -> int:
     if case.device == "cpu":
         return 1
-    return min(math.ceil(ROTATED_BYTES / (case.bytes_per_element * case.numel)), MOST_COPIES)
+    return min(math.ceil(ROTATED_BYTES / (case.bytes_per_element * case.numel)), MOST_ROTATED)
 
 
 def make_inputs(case: Case) -> Inputs:

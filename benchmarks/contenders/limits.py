@@ -14,9 +14,9 @@ from contenders.steps import Contender
 COPIED_BYTES = 2**30
 
 
-def limit_contenders(case: Case, copies: int) -> dict[str, Contender]:
-    """The copies are of the inputs, through which the stream rotates as the losses do."""
-    limits = {"stream": Contender(stream_step(case, copies))}
+def limit_contenders(case: Case, rotated: int) -> dict[str, Contender]:
+    """The stream rotates through as many buffers as the losses have inputs."""
+    limits = {"stream": Contender(stream_step(case, rotated))}
     if case.device == "cuda":
         # What is copied is read and written.
         moved = 2 * copied_per_element(case.numel)
@@ -38,7 +38,7 @@ def copy_step(numel: int, device: str) -> Step:
     return lambda: out.copy_(source)
 
 
-def stream_step(case: Case, copies: int) -> Step:
+def stream_step(case: Case, rotated: int) -> Step:
     """The passes that the case needs, each as a memory-bound operation on as many bytes.
 
     For float32: torch.dot for the forward pass of mean and sum, torch.add for their single pass of
@@ -49,7 +49,7 @@ def stream_step(case: Case, copies: int) -> Step:
     rotation = itertools.cycle(
         [
             [stream_pass(r * case.numel, w * case.numel, case.device) for r, w in case.passes]
-            for _ in range(copies)
+            for _ in range(rotated)
         ]
     )
 

@@ -9,7 +9,7 @@ from harness.rows import Row
 
 CONTENDERS = ("fused", "eager", "compile", "fused graph", "eager graph", "stream")
 RATIOS = (("eager", "fused"), ("compile", "fused"), ("fused", "stream"))
-LEGEND = (
+TIMES_LEGEND = (
     "Medians of one call. GB/s: the bytes that must move, by the time of fused. "
     "peak: memory beyond the inputs, in multiples of the logits."
 )
@@ -98,7 +98,7 @@ def contender_cells(row: Row, rows: dict[str, Row]) -> list[str]:
 
 
 # Each with what it must say of its columns
-BY_SIZE = (times_table, LEGEND)
+BY_SIZE = (times_table, TIMES_LEGEND)
 BY_CONTENDER = (contenders_table, CONTENDERS_LEGEND)
 
 

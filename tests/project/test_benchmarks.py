@@ -348,14 +348,14 @@ def test_nothing_selected(tmp_path):
 
 
 def test_workloads_of_both_devices(small_workloads):
-    from cases.workloads import workload_case
+    from cases.workloads import make_case
     from contenders.inputs import make_inputs, make_weights
     from contenders.losses import make_losses
 
     for name in small_workloads:
-        shape = workload_case(name, "cuda").shape
+        shape = make_case(name, "cuda").shape
         assert shape == small_workloads[name].shape
-        case = workload_case(name, "cpu")
+        case = make_case(name, "cpu")
         assert case.shape == (shape[0] // small_workloads[name].cpu_factor, *shape[1:])
         for weight in make_weights(case).values():
             assert torch.broadcast_shapes(weight.shape, case.shape) == case.shape
@@ -401,14 +401,12 @@ def test_bool_targets_are_taken(device):
 
 
 def test_readme_names_every_workload():
-    from cases.extras import EXTRAS
-    from cases.heads import HEADS
-    from cases.training import NETWORKS
-    from cases.workloads import WORKLOADS
+    from cases.registry import PRESETS
 
     text = (ROOT / "benchmarks" / "README.md").read_text()
-    for name in (*WORKLOADS, *NETWORKS, *EXTRAS, *HEADS):
-        assert f"| {name} |" in text
+    for preset in PRESETS.values():
+        for name in preset.workloads:
+            assert f"| {name} |" in text
 
 
 @pytest.fixture
@@ -450,7 +448,7 @@ def test_training_steps_agree(small_networks, device):
 
     import fused_bce
 
-    spec = small_networks.NETWORKS["64 features"]
+    spec = small_networks.WORKLOADS["64 features"]
     start = small_networks.make_network(spec).to(device).state_dict()
     inputs = torch.randn(16, spec.features, device=device)
     target = torch.rand(16, 40, device=device).round()
@@ -533,8 +531,8 @@ def test_extras_compute_the_same(device, with_compile):
     import fused_bce
 
     preset = extras.Extras()
-    for name in extras.EXTRAS:
-        case = extras.extra_case(name, device, 2**12)
+    for name in extras.WORKLOADS:
+        case = extras.make_case(name, device, 2**12)
         inputs = preset.inputs(case)
         logits, target, _ = inputs
         assert str(target.dtype) == f"torch.{case.target_dtype}"
@@ -621,9 +619,9 @@ def test_heads_compute_the_same(device, with_compile):
     from cases import heads
 
     torch.manual_seed(0)
-    for name in heads.HEADS:
-        case = heads.heads_case(name, device, 2**12)
-        features, targets = heads.make_data(case)
+    for name in heads.WORKLOADS:
+        case = heads.make_case(name, device, 2**12)
+        features, targets = heads.make_batch(case)
         models = heads.make_models(case, with_compile)
         assert len(models) == 3 + with_compile
         # From the definition
