@@ -40,15 +40,7 @@ with pytest.MonkeyPatch.context() as monkeypatch:
     from contenders.inputs import make_inputs
     from contenders.peers import make_peers, missing_peers, why_not_flag_gems
     from harness import machine
-    from harness.rows import (
-        AccuracyRow,
-        Row,
-        append_rows,
-        csv_path,
-        header,
-        read_rows,
-        start_file,
-    )
+    from harness.rows import Row, append_rows, csv_path, header, read_rows, start_file
     from harness.timing import peak_bytes
     from plots.bars import make_cases, plot_bars
 
@@ -64,31 +56,35 @@ by_compile = pytest.mark.parametrize("with_compile", [False, pytest.param(True, 
 
 def run_script(name: str, *arguments: object, status: int | str = 0) -> str:
     """In this process, which has imported torch already. Returns what it prints."""
-    out = io.StringIO()
-    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(out):
-        monkeypatch.syspath_prepend(BENCHMARKS)
-        monkeypatch.setattr(sys, "argv", [f"benchmarks/{name}", *map(str, arguments)])
-        got = 0
-        try:
+    out, threads, got = io.StringIO(), torch.get_num_threads(), 0
+    # A loop whose threads share a processor with other work waits for whole slices of time.
+    torch.set_num_threads(1)
+    try:
+        with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(out):
+            monkeypatch.syspath_prepend(BENCHMARKS)
+            monkeypatch.setattr(sys, "argv", [f"benchmarks/{name}", *map(str, arguments)])
             runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
-        except SystemExit as exit:
-            got = exit.code
+    except SystemExit as exit:
+        got = exit.code
+    finally:
+        torch.set_num_threads(threads)
     assert got == status
     return out.getvalue()
 
 
-def run(path: Path, device: str, *arguments: object, with_compile: bool = False):
-    """The rows that run.py leaves in the file, and what it prints."""
+def run(folder: Path, *arguments: object, with_compile: bool = False) -> tuple[list[Row], str]:
+    """The rows of results.csv, where run.py writes them, and what it prints."""
     quick = QUICK if with_compile else ["--no-compile", *QUICK]
-    output = run_script("run.py", *quick, "--device", device, *arguments, "--output", path)
+    path = folder / "results.csv"
+    output = run_script("run.py", *quick, "--output", path, "--device", *arguments)
     return read_rows(path), output
 
 
-def assert_plotted(path: Path, *endings: str) -> None:
-    """Of a CSV file: a figure for each ending of its name, and no other."""
-    run_script("plot.py", path)
-    figures = sorted(path.parent.glob(f"{path.stem}*.png"))
-    assert [figure.stem for figure in figures] == [path.stem + ending for ending in endings]
+def assert_plotted(folder: Path, *endings: str) -> None:
+    """Of results.csv: a figure for each ending of its name, and no other."""
+    run_script("plot.py", folder)
+    figures = sorted(folder.glob("*.png"))
+    assert [figure.stem for figure in figures] == ["results" + ending for ending in endings]
     assert all(figure.read_bytes().startswith(b"\x89PNG") for figure in figures)
 
 
@@ -110,11 +106,6 @@ def make_row(**columns) -> Row:
 
 
 @pytest.fixture
-def results(tmp_path) -> Path:
-    return tmp_path / "results.csv"
-
-
-@pytest.fixture
 def small(monkeypatch):
     """Every preset with its dimensions made small."""
 
@@ -133,8 +124,8 @@ def small(monkeypatch):
     monkeypatch.setattr(peers, "SIZES", {"cpu": (2**16,), "cuda": (2**16,)})
 
 
-def test_ladder(results, device):
-    rows, _ = run(results, device, "--sizes", 3, "2^10")
+def test_ladder(tmp_path, device):
+    rows, _ = run(tmp_path, device, "--sizes", 3, "2^10")
     contenders = ["fused", "eager", "stream"] + ["copy"] * (device == "cuda")
     assert sorted((row.contender, row.mode, row.numel) for row in rows) == sorted(
         itertools.product(contenders, ("fwd", "fwd+bwd"), (3, 1024))
@@ -148,13 +139,13 @@ def test_ladder(results, device):
         else:
             assert row.bytes_per_element == (8 if row.mode == "fwd" else 12)
         assert "benchmarks/run.py --no-compile" in row.command
-    assert_plotted(results, f"-{device}-fwd-bwd-float32-mean", f"-{device}-fwd-float32-mean")
+    assert_plotted(tmp_path, f"-{device}-fwd-bwd-float32-mean", f"-{device}-fwd-float32-mean")
 
 
-def test_variants_then_goals_appended(results):
+def test_variants_then_goals_appended(tmp_path):
     variants = ["--mode", "fwd+bwd", "--sizes", "2^14", "--weights", "both", "--reduction", "none"]
-    run(results, "cpu", *variants, "--dtype", "float32", "float16")
-    rows, output = run(results, "cpu", "--preset", "goals", "--sizes", 1, 640, "--append")
+    run(tmp_path, "cpu", *variants, "--dtype", "float32", "float16")
+    rows, output = run(tmp_path, "cpu", "--preset", "goals", "--sizes", 1, 640, "--append")
     assert "of 2 met" in output
     assert "<= 0.85" in output
     fused, eager, stream = rows[:3]
@@ -169,28 +160,26 @@ def test_variants_then_goals_appended(results):
 
 
 def test_non_leaf(tmp_path):
-    arguments = ["cpu", "--non-leaf", "--sizes", "2^14"]
-    rows, _ = run(tmp_path / "ladder.csv", *arguments)
+    rows, _ = run(tmp_path, "cpu", "--non-leaf", "--sizes", "2^14")
     # Without a backward pass a view of the logits would change nothing.
     assert [row.mode for row in rows] == ["fwd"] * 3 + ["fwd+bwd non-leaf"] * 3
     # The gradient passes through the view as it is: no copy for the leaf.
     assert 4 * 2**14 <= rows[3].peak_bytes <= 4 * 2**14 + 4096
-    endings = ("-cpu-fwd-bwd-non-leaf-float32-mean", "-cpu-fwd-float32-mean")
-    assert_plotted(tmp_path / "ladder.csv", *endings)
+    assert_plotted(tmp_path, "-cpu-fwd-bwd-non-leaf-float32-mean", "-cpu-fwd-float32-mean")
 
     arguments = ["--device", "cpu", "--non-leaf", "--preset", "goals", "--sizes", 128]
     output = run_script("run.py", "--no-compile", *QUICK, *arguments, "--output", tmp_path)
     assert "of 1 met" in output
-    # In a folder, the device and the preset name the file.
+    # In a folder, device and preset name the file.
     rows = read_rows(tmp_path / "cpu-goals.csv")
     assert {row.mode for row in rows} == {"fwd+bwd non-leaf"}
 
 
-def test_alone(results):
-    rows, _ = run(results, "cpu", "--alone", "--mode", "fwd+bwd", "--sizes", 640, "2^14")
+def test_alone(tmp_path):
+    rows, _ = run(tmp_path, "cpu", "--alone", "--mode", "fwd+bwd", "--sizes", 640, "2^14")
     assert [row.contender for row in rows] == ["fused", "fused"]
     assert rows[-1].peak_bytes == pytest.approx(4 * 2**14, abs=4096)
-    assert_plotted(results, "")
+    assert_plotted(tmp_path, "")
 
 
 @by_reduction
@@ -293,13 +282,9 @@ def check_workloads(cases, output, device):
     assert fused["detection"].shape == ("1x50x80" if device == "cpu" else "4x50x80")
     for (_, numel), rows in cases.items():
         assert {math.prod(map(int, row.shape.split("x"))) for row in rows.values()} == {numel}
+    weighted = {"text labels": "pos_weight", "detection": "weight", "segmentation": "pos_weight"}
     assert {name: row.weights for name, row in fused.items()} == {
-        "click-through": "none",
-        "text labels": "pos_weight",
-        "extreme labels": "none",
-        "detection": "weight",
-        "segmentation": "pos_weight",
-        "contrastive": "none",
+        name: weighted.get(name, "none") for name in workloads.WORKLOADS
     }
     # bfloat16 read, bool read, bfloat16 written
     assert fused["extreme labels"].bytes_per_element == 5
@@ -365,8 +350,8 @@ def check_heads(cases, output, _device):
     ],
 )
 @by_compile
-def test_preset(results, device, preset, contenders, check, with_compile):
-    rows, output = run(results, device, "--preset", preset, with_compile=with_compile)
+def test_preset(tmp_path, device, preset, contenders, check, with_compile):
+    rows, output = run(tmp_path, device, "--preset", preset, with_compile=with_compile)
     cases = make_cases(rows)
     assert sum(map(len, cases.values())) == len(rows)
     assert {name for name, _ in cases} == set(PRESETS[preset].workloads)
@@ -378,7 +363,7 @@ def test_preset(results, device, preset, contenders, check, with_compile):
         assert list(of_case) == [name for name in contenders if name not in left_out]
     check(cases, output, device)
     modes = {"training": "step", "heads": "summed-fwd-bwd"}
-    assert_plotted(results, f"-{modes.get(preset, 'fwd-bwd')}")
+    assert_plotted(tmp_path, f"-{modes.get(preset, 'fwd-bwd')}")
 
 
 def test_workloads_of_both_devices():
@@ -398,8 +383,8 @@ def test_workloads_of_both_devices():
         ("heads", "six heads", ["--sizes", 640]),
     ],
 )
-def test_selected_workload(results, device, preset, workload, sizes):
-    rows, output = run(results, device, "--preset", preset, "--workloads", workload, *sizes)
+def test_selected_workload(tmp_path, device, preset, workload, sizes):
+    rows, output = run(tmp_path, device, "--preset", preset, "--workloads", workload, *sizes)
     assert {row.workload for row in rows} == {workload}
     assert {row.numel for row in rows} == {640} or not sizes
     # That note is for other workloads.
@@ -515,8 +500,8 @@ def test_heads_compute_the_same(device, with_compile):
 
 
 @pytest.mark.usefixtures("small")
-def test_peers(results, device):
-    rows, output = run(results, device, "--preset", "peers", "--sizes", "2^16")
+def test_peers(tmp_path, device):
+    rows, output = run(tmp_path, device, "--preset", "peers", "--sizes", "2^16")
     assert {row.mode for row in rows} == {"fwd", "fwd+bwd"}
     contenders = {row.contender for row in rows}
     assert contenders >= {"fused", "eager", "sigmoid + BCELoss", "softplus - x*t", "stream"}
@@ -551,12 +536,12 @@ def test_flag_gems(monkeypatch, device):
         assert "not close" in why_not_flag_gems(forward)
 
 
-def test_accuracy(monkeypatch, results, device):
+def test_accuracy(monkeypatch, tmp_path, device):
     monkeypatch.setattr(accuracy, "POINTS", 20)
-    arguments = ["benchmarks/accuracy.py", "--device", device, "--output", str(results)]
-    monkeypatch.setattr(sys, "argv", arguments)
+    path = tmp_path / "results.csv"
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", "--device", device, "--output", str(path)])
     accuracy.main()
-    rows = read_rows(results, kinds=[AccuracyRow])
+    rows = read_rows(path, kinds=[accuracy.AccuracyRow])
     ranges = 2 * accuracy.LIMIT / accuracy.WIDTH
     assert len(rows) == ranges * 2 * 2 * 2  # contenders, targets, loss and gradient
     errors = {}
@@ -569,21 +554,22 @@ def test_accuracy(monkeypatch, results, device):
     # torch loses every digit of a small loss of a negative, and of a small gradient of a positive.
     lost = {key for key, error in errors.items() if error > 2**23}
     assert lost == {("eager", "loss", 0.0), ("eager", "gradient", 1.0)}
-    assert_plotted(results, "")
+    assert_plotted(tmp_path, "")
 
 
 @pytest.mark.parametrize("target", [0.0, 1.0])
 def test_true_values_of_accuracy(target):
-    """Against 50 digits, of which 1 - sigmoid(90) loses 39."""
     logits = np.array([-100.0, -17.25, -0.5, 0.0, 1.5, 90.0], dtype=np.float32)
     got = accuracy.true_values(logits, target)
-    for i, logit in enumerate(logits.tolist()):
-        with mpmath.workdps(50 + 39):
-            sigmoid = 1 / (1 + mpmath.exp(-mpmath.mpf(logit)))
-            loss = -mpmath.log(sigmoid if target else 1 - sigmoid)
-            grad = sigmoid - target
-        assert got["loss"][i] == pytest.approx(float(loss), rel=1e-14)
-        assert got["gradient"][i] == pytest.approx(float(grad), rel=1e-14)
+    # Against 50 digits, of which 1 - sigmoid(90) loses 39
+    with mpmath.workdps(50 + 39):
+        sigmoids = [1 / (1 + mpmath.exp(-mpmath.mpf(logit))) for logit in logits.tolist()]
+        true = {
+            "loss": [-mpmath.log(s if target else 1 - s) for s in sigmoids],
+            "gradient": [s - target for s in sigmoids],
+        }
+    for quantity, values in true.items():
+        assert got[quantity].tolist() == pytest.approx(list(map(float, values)), rel=1e-14, abs=0)
 
 
 def test_ulp_errors():
@@ -595,25 +581,22 @@ def test_ulp_errors():
 
 def test_bars():
     """Their lengths are the ratios, whatever the order of the rows."""
-    seconds = {"stream": 1e-3, "fused": 2e-3, "compile": 4e-3, "eager": 10e-3}
     rows = [
-        make_row(
-            contender=name,
-            workload=workload,
-            shape="32x32",
-            median_seconds=value * factor[name == "eager"],
-            peak_bytes=None if name == "stream" else 4096 * (1 + (name == "eager")),
+        make_row(contender=name, workload=workload, shape="32x32", median_seconds=s, peak_bytes=p)
+        for workload, eager in (("a", 10e-3), ("b", 20e-3))
+        for name, s, p in (
+            ("stream", 1e-3, None),
+            ("fused", 2e-3, 4096),
+            ("compile", 4e-3, 4096),
+            ("eager", eager, 2 * 4096),
         )
-        for workload, factor in (("a", (1, 1)), ("b", (1, 2)))
-        for name, value in seconds.items()
     ]
-    speedups, peaks = plot_bars(rows).axes
-    lengths = [
+    speedups, peaks = (
         {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers}
-        for axes in (speedups, peaks)
-    ]
-    assert lengths[0] == {"compile": [2.5, 5.0], "fused": [5.0, 10.0]}
-    assert lengths[1] == {"eager": [2, 2], "compile": [1, 1], "fused": [1, 1]}
+        for axes in plot_bars(rows).axes
+    )
+    assert speedups == {"compile": [2.5, 5.0], "fused": [5.0, 10.0]}
+    assert peaks == {"eager": [2, 2], "compile": [1, 1], "fused": [1, 1]}
 
 
 # Seconds of an older and of a newer file: fused took 1.3 times as long, eager and the whole machine
