@@ -90,19 +90,10 @@ def assert_plotted(folder: Path, *endings: str) -> None:
 
 def make_row(**columns) -> Row:
     """A row of a case on the CPU, but for what is given."""
-    values = {
-        **machine.facts("cpu"),
-        **dataclasses.asdict(Case(1024, "cpu")),
-        "torch": "2.13",
-        "contender": "fused",
-        "bytes_per_element": 12,
-        "median_seconds": 1e-3,
-        "iqr_seconds": 0.0,
-        "wall_seconds": 1e-3,
-        "peak_bytes": 4096,
-        "other_load": None,
-    }
-    return Row(**values | columns)
+    facts = {**machine.facts("cpu"), "torch": "2.13", "other_load": None}
+    times = {"median_seconds": 1e-3, "iqr_seconds": 0.0, "wall_seconds": 1e-3}
+    fused = {"contender": "fused", "bytes_per_element": 12, "peak_bytes": 4096}
+    return Row(**facts | dataclasses.asdict(Case(1024, "cpu")) | times | fused | columns)
 
 
 @pytest.fixture
@@ -113,9 +104,8 @@ def small(monkeypatch):
         return shape and tuple(SMALLER.get(size, size) for size in shape)
 
     for name, spec in workloads.WORKLOADS.items():
-        shapes = {
-            field: shrink(getattr(spec, field)) for field in ("shape", "weight", "pos_weight")
-        }
+        fields = ("shape", "weight", "pos_weight")
+        shapes = {field: shrink(getattr(spec, field)) for field in fields}
         monkeypatch.setitem(workloads.WORKLOADS, name, dataclasses.replace(spec, **shapes))
     monkeypatch.setattr(training, "LABELS", 40)
     monkeypatch.setattr(training, "BATCH", {"cpu": 16, "cuda": 16})
@@ -249,11 +239,8 @@ def test_cuda_goals():
 
     # Bytes that one pass of forward and backward must move
     large = {(c.dtype, c.target_dtype): c.bytes_per_element for c in cases if c.numel == 2**28}
-    assert large == {
-        ("float32", "float32"): 12,
-        ("bfloat16", "bfloat16"): 6,
-        ("bfloat16", "float32"): 8,
-    }
+    expected = {("float32", "float32"): 12, ("bfloat16", "bfloat16"): 6, ("bfloat16", "float32"): 8}
+    assert large == expected
 
 
 def test_measures_of_goals():
@@ -339,18 +326,20 @@ def check_heads(cases, output, _device):
     assert "peak count the logits of one head" in output
 
 
+# The contenders, and what is particular to the preset
+NAMED = {
+    "workloads": (["fused", "eager", "compile", "stream", "copy"], check_workloads),
+    "training": (["fused", "eager", "compile", "fused compile", "no loss"], check_training),
+    "extras": (["fused", "eager", "compile", "fused plain", "stream", "copy"], check_extras),
+    "heads": (["fused", "fused recompute", "eager", "compile"], check_heads),
+}
+
+
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize(
-    ("preset", "contenders", "check"),
-    [
-        ("workloads", ["fused", "eager", "compile", "stream", "copy"], check_workloads),
-        ("training", ["fused", "eager", "compile", "fused compile", "no loss"], check_training),
-        ("extras", ["fused", "eager", "compile", "fused plain", "stream", "copy"], check_extras),
-        ("heads", ["fused", "fused recompute", "eager", "compile"], check_heads),
-    ],
-)
+@pytest.mark.parametrize("preset", NAMED)
 @by_compile
-def test_preset(tmp_path, device, preset, contenders, check, with_compile):
+def test_preset(tmp_path, device, preset, with_compile):
+    contenders, check = NAMED[preset]
     rows, output = run(tmp_path, device, "--preset", preset, with_compile=with_compile)
     cases = make_cases(rows)
     assert sum(map(len, cases.values())) == len(rows)
@@ -365,30 +354,21 @@ def test_preset(tmp_path, device, preset, contenders, check, with_compile):
     modes = {"training": "step", "heads": "summed-fwd-bwd"}
     assert_plotted(tmp_path, f"-{modes.get(preset, 'fwd-bwd')}")
 
+    # One alone, of any size where it has no shape of its own
+    *_, last = PRESETS[preset].workloads
+    sizes = ["--sizes", 640] if preset in ("extras", "heads") else []
+    rows, output = run(tmp_path, device, "--preset", preset, "--workloads", last, *sizes)
+    assert {row.workload for row in rows} == {last}
+    assert {row.numel for row in rows} == {640} or not sizes
+    # Which workload has them is not selected.
+    assert "Bool targets" not in output
+
 
 def test_workloads_of_both_devices():
     for name, spec in workloads.WORKLOADS.items():
         assert workloads.make_case(name, "cuda").shape == spec.shape
         batch, *rest = spec.shape
         assert workloads.make_case(name, "cpu").shape == (batch // spec.cpu_factor, *rest)
-
-
-@pytest.mark.usefixtures("small")
-@pytest.mark.parametrize(
-    ("preset", "workload", "sizes"),
-    [
-        ("workloads", "contrastive", []),
-        ("training", "64 features", []),
-        ("extras", "ignore_index", ["--sizes", 640]),
-        ("heads", "six heads", ["--sizes", 640]),
-    ],
-)
-def test_selected_workload(tmp_path, device, preset, workload, sizes):
-    rows, output = run(tmp_path, device, "--preset", preset, "--workloads", workload, *sizes)
-    assert {row.workload for row in rows} == {workload}
-    assert {row.numel for row in rows} == {640} or not sizes
-    # That note is for other workloads.
-    assert "Bool targets" not in output
 
 
 @pytest.mark.parametrize("accepted", [True, False])
@@ -402,7 +382,8 @@ def test_bool_targets(monkeypatch, accepted):
     assert isinstance(made["fused"], losses.CastsTarget) == (not accepted)
 
 
-def test_readme_names_every_workload():
+def test_every_preset_is_tested_and_documented():
+    assert {name for name, preset in PRESETS.items() if preset.workloads} == NAMED.keys()
     text = (BENCHMARKS / "README.md").read_text()
     for name, preset in PRESETS.items():
         assert name == "ladder" or f"--preset {name}" in text
