@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     named = {name: preset.workloads for name, preset in PRESETS.items() if preset.workloads}
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     add("--preset", choices=PRESETS, default=DEFAULT, help="the next seven options select from it")
-    names = "; ".join(f"{preset}: {', '.join(workloads)}" for preset, workloads in named.items())
+    names = "; ".join(f"{preset}: {', '.join(map(repr, them))}" for preset, them in named.items())
     choices = list(itertools.chain(*named.values()))
     add("--workloads", nargs="+", choices=choices, metavar="NAME", help=f"of a preset: {names}")
     add("--sizes", nargs="+", type=parse_size, metavar="N", help="elements, such as 640 or 2^20")
