@@ -157,12 +157,12 @@ def test_non_leaf(tmp_path):
     assert 4 * 2**14 <= rows[3].peak_bytes <= 4 * 2**14 + 4096
     assert_plotted(tmp_path, "-cpu-fwd-bwd-non-leaf-float32-mean", "-cpu-fwd-float32-mean")
 
-    arguments = ["--device", "cpu", "--non-leaf", "--preset", "goals", "--sizes", 128]
-    output = run_script("run.py", "--no-compile", *QUICK, *arguments, "--output", tmp_path)
-    assert "of 1 met" in output
     # In a folder, device and preset name the file.
-    rows = read_rows(tmp_path / "cpu-goals.csv")
-    assert {row.mode for row in rows} == {"fwd+bwd non-leaf"}
+    quick = ["--no-compile", *QUICK, "--device", "cpu", "--non-leaf", "--output", tmp_path]
+    run_script("run.py", *quick, "--sizes", 128)
+    assert "of 1 met" in run_script("run.py", *quick, "--sizes", 128, "--preset", "goals")
+    assert len(read_rows(tmp_path / "cpu-ladder.csv")) == 2 * 3
+    assert {row.mode for row in read_rows(tmp_path / "cpu-goals.csv")} == {"fwd+bwd non-leaf"}
 
 
 def test_alone(tmp_path):
