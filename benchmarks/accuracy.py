@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import machine
-from harness.rows import RESULTS, AccuracyRow, append_rows, csv_path, start_file
 
 import fused_bce
+from harness import machine
+from harness.rows import RESULTS, AccuracyRow, append_rows, csv_path, start_file
 
 # exp(-104) is 0 in float32, subnormal numbers included.
 LIMIT = 104

@@ -11,10 +11,11 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from rich.table import Table
+
 from cases.base import Case, size_text
 from harness.rows import Row, read_rows
 from harness.tables import make_console, time_text
-from rich.table import Table
 
 # What makes two rows the same measurement, but for the contender
 CASE = [field.name for field in fields(Case)]

@@ -12,8 +12,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from harness.rows import AccuracyRow, Facts, Row, read_rows
 from matplotlib.figure import Figure
+
+from harness.rows import AccuracyRow, Facts, Row, read_rows
 from plots.accuracy import plot_accuracy
 from plots.bars import plot_bars
 from plots.cost import plot_cost

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 
 import torch
+from rich.console import Console
+
 from cases.base import DTYPES, MODES, REDUCTIONS, WEIGHTS, Case
 from cases.ladder import Alone
 from cases.preset import Preset, Selection
@@ -21,7 +23,6 @@ from harness import machine
 from harness.rows import RESULTS, Row, append_rows, csv_path, start_file
 from harness.tables import BY_CONTENDER, BY_SIZE, Measured, goals_table, make_console
 from harness.timing import calls_per_sample, peak_bytes, time_alternating
-from rich.console import Console
 
 
 def parse_size(text: str) -> int:

@@ -5,16 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from contenders.inputs import Inputs
-from contenders.limits import limit_contenders
-from contenders.losses import CastsTarget, Loss, compiled, exit_unless_fused
-from contenders.steps import Contender, loss_contender
 from torch import Tensor
 from torch.nn import functional
 
 import fused_bce
 from cases.base import Case, size_text
 from cases.preset import Preset, Selection
+from contenders.inputs import Inputs
+from contenders.limits import limit_contenders
+from contenders.losses import CastsTarget, Loss, compiled, exit_unless_fused
+from contenders.steps import Contender, loss_contender
 
 SIZES = (2**20, 2**24)
 IGNORED = 255

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from harness.rows import Row, share_of_copy
-
 from cases.base import Case
+from harness.rows import Row, share_of_copy
 
 PEAK = "peak / logits"
 SHARE_OF_COPY = "% of copy"

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from contenders.inputs import make_inputs
-from contenders.losses import WithLoss, compiled, exit_unless_fused
-from contenders.steps import Contender, gradients_contender
 from torch import Tensor, nn
 
 import fused_bce
 from cases.base import Case, size_text
 from cases.preset import Preset, Selection
+from contenders.inputs import make_inputs
+from contenders.losses import WithLoss, compiled, exit_unless_fused
+from contenders.steps import Contender, gradients_contender
 
 COUNT = 6
 # Logits of one head

@@ -2,10 +2,9 @@
 
 import itertools
 
-from contenders.steps import Contender, loss_contender
-
 from cases.base import MODES, Case
 from cases.preset import Preset, Selection
+from contenders.steps import Contender, loss_contender
 
 SIZES = (1, 16, 128, 640, 2**12, 2**14, 2**16, 2**18, 2**20, 2**22, 2**24)
 

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 
+from cases.base import MODES, Case
+from cases.preset import Preset, Selection
 from contenders.inputs import Inputs
 from contenders.losses import Loss
 from contenders.peers import make_peers, missing_peers
-
-from cases.base import MODES, Case
-from cases.preset import Preset, Selection
 
 SIZES = {"cpu": (2**16, 2**20, 2**24), "cuda": (2**16, 2**24, 2**26)}
 

@@ -4,13 +4,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from cases.base import DTYPES, NON_LEAF, REDUCTIONS, WEIGHTS, Case
+from cases.goal import Goal
 from contenders.inputs import Inputs, count_rotated, make_inputs
 from contenders.limits import limit_contenders
 from contenders.losses import Loss, make_losses
 from contenders.steps import Contender, graph_contenders, loss_contender
-
-from cases.base import DTYPES, NON_LEAF, REDUCTIONS, WEIGHTS, Case
-from cases.goal import Goal
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from contenders.losses import WithLoss, compiled
-from contenders.steps import Contender, gradients_contender
 from torch import Tensor, nn
 
 import fused_bce
 from cases.base import Case
 from cases.preset import Preset, Selection
+from contenders.losses import WithLoss, compiled
+from contenders.steps import Contender, gradients_contender
 
 # The categories of AmazonCat-13K, as in workloads.py
 LABELS = 13330

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from contenders.losses import takes_bool_targets
 
 from cases.base import Case
 from cases.preset import Preset, Selection
+from contenders.losses import takes_bool_targets
 
 Shape = tuple[int, ...]
 

@@ -3,8 +3,9 @@
 import math
 
 import torch
-from cases.base import Case
 from torch import Tensor
+
+from cases.base import Case
 
 Inputs = tuple[Tensor, Tensor, Tensor | None]  # logits, target, grad_loss
 

@@ -4,11 +4,11 @@ import itertools
 import math
 
 import torch
-from cases.base import Case
-from harness.timing import Step
 from torch import Tensor
 
+from cases.base import Case
 from contenders.steps import Contender
+from harness.timing import Step
 
 # Large enough that a GPU copies at its full bandwidth.
 COPIED_BYTES = 2**30

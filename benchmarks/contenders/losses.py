@@ -4,10 +4,10 @@ import sys
 from collections.abc import Callable
 
 import torch
-from cases.base import Case
 from torch import Tensor, nn
 
 import fused_bce
+from cases.base import Case
 from contenders.inputs import Inputs, make_weights
 
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -4,10 +4,10 @@ import importlib
 import importlib.util
 
 import torch
-from cases.base import Case
 from torch import Tensor
 from torch.nn import functional
 
+from cases.base import Case
 from contenders.losses import Loss
 
 

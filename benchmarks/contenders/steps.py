@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from cases.base import NON_LEAF, Case
-from harness.timing import Step
 
+from cases.base import NON_LEAF, Case
 from contenders.inputs import Inputs
 from contenders.losses import Loss
+from harness.timing import Step
 
 # What a graph saves is launches, and a larger call is more than those.
 LARGEST_GRAPHED = 2**16

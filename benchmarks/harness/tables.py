@@ -1,10 +1,10 @@
 """The tables on the screen."""
 
-from cases.base import Case, size_text
-from cases.goal import Goal, share_of_copy
 from rich.console import Console
 from rich.table import Table
 
+from cases.base import Case, size_text
+from cases.goal import Goal, share_of_copy
 from harness.rows import Row
 
 CONTENDERS = ("fused", "eager", "compile", "fused graph", "eager graph", "stream")

@@ -2,10 +2,10 @@
 
 import itertools
 
-from harness.rows import AccuracyRow
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from harness.rows import AccuracyRow
 from plots.style import CAPTION_STYLE, STYLES, caption
 
 # A float32 of which no digit is right

@@ -1,8 +1,8 @@
 """What an element costs, over the number of elements."""
 
-from harness.rows import Row
 from matplotlib.figure import Figure
 
+from harness.rows import Row
 from plots.ladder import group_name
 from plots.style import CAPTION_STYLE, caption
 

@@ -2,10 +2,10 @@
 
 import re
 
-from harness.rows import Row
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from harness.rows import Row
 from plots.style import CAPTION_STYLE, STYLES, caption
 
 # The rows of one contender by size
