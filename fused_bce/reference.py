@@ -67,9 +67,7 @@ def is_ignored(target: Tensor, ignore_index: int | float) -> Tensor:
 def _dtype_for_integers(input: Tensor) -> torch.dtype:
     """What targets of integers become: autocast would widen them after they were smoothed."""
     if not torch.jit.is_scripting():
-        device_type = input.device.type
-        widened = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(
-            device_type
-        )
+        # The meta device has no autocast to ask for.
+        widened = not input.is_meta and torch.is_autocast_enabled(input.device.type)
         return torch.promote_types(input.dtype, torch.float32) if widened else input.dtype
     return input.dtype
