@@ -103,8 +103,8 @@ def test_float32_hard_targets(kernel_device, request, capsys):
 
 
 def test_hardest_weighted_gradient(kernel_device):
-    # One rounding more than without pos_weight, each as unlucky as the other: with correctly rounded
-    # approximations a GPU was off by 4.17 units here, before the formula took e - e c for c.
+    # One rounding more than without pos_weight, each as unlucky as the other: in CUDA's PTX,
+    # approximations rounded correctly, it was off by 4.17 units before c became e - e c.
     logits = np.array([7.609456539154053], dtype=np.float32)
     weight = 0.060518521815538406
     _, grad = losses_and_gradients(logits, 1.0, weight, kernel_device)
