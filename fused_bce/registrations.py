@@ -52,6 +52,7 @@ def _register_sharding() -> None:
                 *numbers,
             )
 
+    # torch calls these rules with the arguments of the schema, so that its list stands here, too.
     def register_forward(op, outputs):
         @register_sharding(op)
         def _(
