@@ -171,7 +171,11 @@ class BroadcastReader {
     if (source.inner <= kTile<T> && source.channels <= kTile<T> / source.inner) {
       period_ = static_cast<int>(source.channels * source.inner);
       expand(0, period_);
-      for (int i = period_; i < 2 * kTile<T>; ++i) buffer_[i] = buffer_[i - period_];
+      // Doubled each time: element by element a short period would wait for its own stores.
+      for (int filled = period_, n; filled < 2 * kTile<T>; filled += n) {
+        n = std::min(filled, 2 * kTile<T> - filled);
+        std::copy_n(buffer_, n, buffer_ + filled);
+      }
     }
   }
 
