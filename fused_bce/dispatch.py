@@ -115,6 +115,8 @@ def _why_not_traced(input, target, weight, pos_weight) -> str | None:
         input, target, weight, pos_weight
     ):
         return "a tensor subclass or mode overrides torch functions"
+    if torch.onnx.is_in_onnx_export():
+        return "inside torch.onnx.export"
     if _transformed():
         return "inside a torch.func transform or forward-mode differentiation"
     for tensor, name, dtypes in (

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._decomp import register_decomposition
 
 from fused_bce.reference import is_ignored, loss_of_kept, sum_of, with_floats
 from fused_bce.registrations import ops
@@ -17,7 +16,8 @@ _table: dict = {}
 def decomposition_table() -> dict[torch._ops.OpOverload, Callable]:
     """Decompositions of this package's operators into torch's.
 
-    torch.onnx.export finds them by itself. For an exported program they are added to torch's own.
+    For an exported program they are added to torch's own, also before torch.onnx.export takes it.
+    (Given a model, it needs none: no operator of ours is traced there.)
 
     Example:
         >>> import torch
@@ -32,12 +32,12 @@ def decomposition_table() -> dict[torch._ops.OpOverload, Callable]:
 
 
 def _lowers(op: torch._ops.OpOverload) -> Callable:
-    """Registered with torch as well, where exporters look. Compilers do not: they keep the
-    operator."""
+    """Not registered with torch: where the environment sets CI, its compiler would then refuse to
+    keep the operator."""
 
     def register(function: Callable) -> Callable:
         _table[op] = function
-        return register_decomposition(op)(function)
+        return function
 
     return register
 

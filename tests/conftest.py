@@ -13,6 +13,14 @@ def device(request) -> str:
     return request.param
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _compiler_cache(tmp_path_factory):
+    """What an earlier run compiled would hide that this one cannot."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     """Every test draws the same numbers, whichever tests ran before it."""

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from fused_bce import BCEWithLogitsLoss
+from fused_bce import BCEWithLogitsLoss, decomposition_table
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -46,8 +46,24 @@ def test_export(options, target_dtype, tmp_path):
     model = WithLoss(**options)
     path = tmp_path / "model.onnx"
     torch.onnx.export(model, (inputs, target), path, dynamo=True, verbose=False)
+    check_session(path, inputs, target, model(inputs, target))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_exported_program(tmp_path):
+    inputs, target = torch.randn(3, 5), torch.rand(3, 4)
+    model = WithLoss(label_smoothing=0.1)
+    table = torch.export.default_decompositions()
+    table.update(decomposition_table())
+    program = torch.export.export(model, (inputs, target)).run_decompositions(table)
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(program, (), path, dynamo=True, verbose=False)
+    check_session(path, inputs, target, model(inputs, target))
+
+
+def check_session(path, inputs, target, expected):
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
     (got,) = session.run(None, dict(zip(names, (inputs.numpy(), target.numpy()), strict=True)))
     # Both are float32, and torch's formula, which is what is exported, loses digits of its own.
-    torch.testing.assert_close(torch.from_numpy(got), model(inputs, target), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-5, atol=1e-6)
