@@ -3,7 +3,6 @@
 // blocks nor on the device.
 #pragma once
 
-#include <c10/cuda/CUDAException.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -276,8 +275,7 @@ void launch_pass(const Arguments& a, const Workspace& workspace, unsigned blocks
         p.weight.data || p.pos_weight.data || a.folded.operand.channels > 1 || has_extras(p);
     if (!general) kernel = loss_kernel<Formula, L, T, kPass, false>;
   }
-  kernel<<<blocks, kThreads, 0, stream>>>(a, workspace);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  start(kernel, blocks, stream, a, workspace);
 }
 
 template <class Formula, class L, class T>

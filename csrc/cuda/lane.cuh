@@ -51,13 +51,30 @@ FUSED_BCE_INLINE Lane<double> scale_exp2_minus(Lane<double> y, Lane<double> shif
   return Lane<double>(y.v * __longlong_as_double((1023 - __double_as_longlong(shifted.v)) << 52));
 }
 
+// Two instructions, with the bounds that PTX gives for their errors. In the emulation of
+// tests/emulator there are others of these names.
+#if defined(__CUDACC__)
+// 2^t, to 2 ULP
+__device__ __forceinline__ float exp2_approximately(float t) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(t));
+  return result;
+}
+// 1 / b, to 1 ULP
+__device__ __forceinline__ float reciprocal_approximately(float b) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(b));
+  return result;
+}
+#endif
+
 // In float the special-function unit takes the place of the polynomial: exp(-a) = 2^t, t = -a log2
 // e, and the rounding error of t, which would cost 15 ULP, is put right to first order.
 FUSED_BCE_INLINE Lane<float> exp_minus(Lane<float> a) {
   constexpr float kLog2e = 1.44269502f;
   constexpr float kLog2eRest = 1.92596299e-8f;
   constexpr float kLn2 = 0.693147182f;
-  float bounded, exp2;
+  float bounded;
 #if __CUDA_ARCH__ >= 800
   asm("min.NaN.f32 %0, %1, %2;"
       : "=f"(bounded)
@@ -67,14 +84,13 @@ FUSED_BCE_INLINE Lane<float> exp_minus(Lane<float> a) {
 #endif
   const float t = bounded * -kLog2e;
   const float rest = fmaf(bounded, -kLog2eRest, fmaf(bounded, -kLog2e, -t));
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(exp2) : "f"(t));
+  const float exp2 = exp2_approximately(t);
   return Lane<float>(fmaf(exp2, rest * kLn2, exp2));
 }
 
 // a / b for b in [1, 2]: the hardware's estimate and one step of Newton.
 FUSED_BCE_INLINE Lane<float> quotient(Lane<float> a, Lane<float> b) {
-  float estimate;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(estimate) : "f"(b.v));
+  const float estimate = reciprocal_approximately(b.v);
   return Lane<float>(a.v * fmaf(estimate, fmaf(-b.v, estimate, 1.f), estimate));
 }
 

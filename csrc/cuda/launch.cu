@@ -96,17 +96,14 @@ void launch_count_kept(const Dense& target, int64_t numel, const Ignored& ignore
                        cudaStream_t stream) {
   using C = std::conditional_t<std::is_same_v<S, double>, double, float>;
   const unsigned blocks = blocks_of_vectors(numel * static_cast<int64_t>(sizeof(S)));
-  count_kept_kernel<S, C><<<blocks, kThreads, 0, stream>>>(
-      static_cast<const S*>(target.data), numel, is_aligned(target.data), ignored, count);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  start(count_kept_kernel<S, C>, blocks, stream, static_cast<const S*>(target.data), numel,
+        is_aligned(target.data), ignored, count);
 }
 
 template <class S>
 void launch_scale(const Scaling& scaling, int64_t numel, cudaStream_t stream) {
   const unsigned blocks = blocks_of_vectors(numel * static_cast<int64_t>(sizeof(S)));
-  scale_kernel<S>
-      <<<blocks, kThreads, 0, stream>>>(scaling, DeviceBroadcast(scaling.grad_loss, numel), numel);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  start(scale_kernel<S>, blocks, stream, scaling, DeviceBroadcast(scaling.grad_loss, numel), numel);
 }
 
 }  // namespace

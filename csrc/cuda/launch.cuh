@@ -1,6 +1,7 @@
 // What the host hands to the kernels.
 #pragma once
 
+#include <c10/cuda/CUDAException.h>
 #include <cuda_runtime.h>
 
 #include "broadcast.cuh"
@@ -28,6 +29,15 @@ struct Workspace {
   unsigned* ticket = nullptr;  // counts the blocks that have finished
   double* sums = nullptr;      // [chunks]
 };
+
+// Starts a kernel. In the emulation of tests/emulator there is another of this name.
+#if defined(__CUDACC__)
+template <class Kernel, class... Parameters>
+void start(Kernel* kernel, unsigned blocks, cudaStream_t stream, const Parameters&... arguments) {
+  kernel<<<blocks, kThreads, 0, stream>>>(arguments...);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+#endif
 
 // One translation unit for each dtype of the logits.
 void launch_float16(const Arguments&, const Workspace&, unsigned blocks, cudaStream_t);
