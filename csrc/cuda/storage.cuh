@@ -29,8 +29,10 @@ __device__ __forceinline__ Pack<S, N> load_pack(const S* p) {
   Pack<S, N> pack;
   static_assert(sizeof pack % 16 == 0);
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof pack / 16); ++i)
-    reinterpret_cast<int4*>(&pack)[i] = __ldcs(reinterpret_cast<const int4*>(p) + i);
+  for (int i = 0; i < static_cast<int>(sizeof pack / 16); ++i) {
+    const int4 word = __ldcs(reinterpret_cast<const int4*>(p) + i);
+    memcpy(static_cast<void*>(pack.v + i * (16 / sizeof(S))), &word, sizeof word);
+  }
   return pack;
 }
 
@@ -38,8 +40,11 @@ template <class S, int N>
 __device__ __forceinline__ void store_pack(const Pack<S, N>& pack, S* p) {
   if constexpr (sizeof pack % 16 == 0) {
 #pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof pack / 16); ++i)
-      __stcs(reinterpret_cast<int4*>(p) + i, reinterpret_cast<const int4*>(&pack)[i]);
+    for (int i = 0; i < static_cast<int>(sizeof pack / 16); ++i) {
+      int4 word;
+      memcpy(&word, pack.v + i * (16 / sizeof(S)), sizeof word);
+      __stcs(reinterpret_cast<int4*>(p) + i, word);
+    }
   } else {
     *reinterpret_cast<Pack<S, N>*>(p) = pack;
   }
@@ -80,16 +85,22 @@ template <int N>
 __device__ __forceinline__ Pack<__half, N> narrow(const float (&in)[N], __half) {
   Pack<__half, N> out;
 #pragma unroll
-  for (int i = 0; i < N; i += 2)
-    reinterpret_cast<__half2*>(&out)[i / 2] = __floats2half2_rn(in[i], in[i + 1]);
+  for (int i = 0; i < N; i += 2) {
+    const __half2 two = __floats2half2_rn(in[i], in[i + 1]);
+    out.v[i] = two.x;
+    out.v[i + 1] = two.y;
+  }
   return out;
 }
 template <int N>
 __device__ __forceinline__ Pack<__nv_bfloat16, N> narrow(const float (&in)[N], __nv_bfloat16) {
   Pack<__nv_bfloat16, N> out;
 #pragma unroll
-  for (int i = 0; i < N; i += 2)
-    reinterpret_cast<__nv_bfloat162*>(&out)[i / 2] = __floats2bfloat162_rn(in[i], in[i + 1]);
+  for (int i = 0; i < N; i += 2) {
+    const __nv_bfloat162 two = __floats2bfloat162_rn(in[i], in[i + 1]);
+    out.v[i] = two.x;
+    out.v[i + 1] = two.y;
+  }
   return out;
 }
 template <class C, class S, int N>
