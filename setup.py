@@ -3,11 +3,13 @@
 Environment variables:
   FORCE_CUDA            1: build the CUDA kernels although no GPU is visible; 0: leave them out
   TORCH_CUDA_ARCH_LIST  GPU architectures, such as "8.0;9.0+PTX" (default: see DEFAULT_CUDA_ARCHS)
+  EMULATE_CUDA          1: compile the CUDA kernels for the host, for tests: see tests/emulator
   DEBUG                 1: no optimisation, debug symbols
   SANITIZE              sanitizers of the compiler, such as "address,undefined": see .ci/sanitize
   MAX_JOBS              compilers that run at the same time
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -103,6 +105,36 @@ def sanitizer_args() -> list[str]:
     return [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=undefined"] if sanitizers else []
 
 
+def cuda_headers() -> Path:
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations if spec else []:
+        for header in sorted(Path(folder).glob("cu*/include/cuda_runtime.h")):
+            return header.parent
+    sys.exit("EMULATE_CUDA=1 needs CUDA's headers: those of the extra `emulator` in pyproject.toml")
+
+
+def emulate_cuda(options: dict) -> None:
+    """On tensors of the CPU, the CUDA kernels run in the place of the CPU's."""
+    folder = ROOT / "tests" / "emulator"
+    made = ROOT / "build" / "emulator"
+    made.mkdir(parents=True, exist_ok=True)
+    options["sources"] += [str((folder / "emulator.cpp").relative_to(ROOT))]
+    for kernel in sources("cuda", ".cu"):
+        # torch would have nvcc compile a file of that name.
+        source = made / f"{Path(kernel).stem}.cpp"
+        source.write_text(f'#include "cuda.h"\n#include "{ROOT / kernel}"\n')
+        options["sources"].append(str(source.relative_to(ROOT)))
+    options["include_dirs"] += [str(folder), str(folder / "include")]
+    options["extra_compile_args"]["cxx"] += [
+        '-DFUSED_BCE_CUDA="emulated"',
+        "-DFUSED_BCE_EMULATES_CUDA",
+        f"-isystem{cuda_headers()}",
+        # Of loops that nvcc unrolls, and of branches for no dtype at all
+        "-Wno-unknown-pragmas",
+        "-Wno-maybe-uninitialized",
+    ]
+
+
 def extension():
     check_compiler()
     options = {
@@ -113,6 +145,9 @@ def extension():
         "extra_compile_args": {"cxx": compile_args()},
         "extra_link_args": sanitizer_args(),
     }
+    if os.environ.get("EMULATE_CUDA") == "1":
+        emulate_cuda(options)
+        return cpp_extension.CppExtension(**options)
     if not use_cuda():
         return cpp_extension.CppExtension(**options)
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHS

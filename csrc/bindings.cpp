@@ -5,6 +5,7 @@
 #include <torch/version.h>
 
 #include "cpu/isa.h"
+#include "device.h"
 #include "ops.h"
 #include "problem.h"
 
@@ -60,8 +61,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", &instruction_set_names);
   m.def("current_instruction_set", [] { return fused_bce::current_instruction_set().name; });
   m.def("use_instruction_set", &fused_bce::use_instruction_set, py::arg("name"));
-#if defined(FUSED_BCE_CUDA)
-  m.def("cuda_covers_current_device", &fused_bce::cuda_covers_current_device);
-  m.def("limit_cuda_blocks", &fused_bce::limit_cuda_blocks, py::arg("most"));
-#endif
+  if constexpr (fused_bce::kHasCuda) {
+    m.def("cuda_covers_current_device", &fused_bce::cuda_covers_current_device);
+    m.def("limit_cuda_blocks", &fused_bce::limit_cuda_blocks, py::arg("most"));
+  }
 }

@@ -8,13 +8,10 @@
 
 #include <tuple>
 
+#include "device.h"
 #include "operands.h"
 #include "ops.h"
 #include "problem.h"
-
-#if defined(FUSED_BCE_CUDA)
-#include <c10/cuda/CUDAStream.h>
-#endif
 
 namespace fused_bce {
 
@@ -78,7 +75,7 @@ struct Call {
     problem.logits.dtype = dtype_of("logits", logits.scalar_type());
     problem.target.dtype = target_dtype_of(target.scalar_type());
     const bool in_double = computes_in_double(problem);
-    if (in_double && anchor.is_cuda()) {
+    if (in_double && is_on_gpu(anchor)) {
       // A float64 target alone is too rare for kernels of its own.
       problem.logits.dtype = DType::kFloat64;
       logits = logits.to(at::kDouble);
@@ -129,7 +126,7 @@ struct Call {
   // Where the GPU finds a number, which `kept` keeps alive; null if it is one that the host reads.
   const double* number_on_gpu(const char* name, const Tensor& given, Tensor& kept) const {
     TORCH_CHECK(given.dim() == 0, name, " has shape ", given.sizes(), ", but must be a number");
-    if (given.is_cpu()) return nullptr;
+    if (!is_on_gpu(given)) return nullptr;
     TORCH_CHECK(given.device() == anchor.device(), "logits are on ", anchor.device(), " but ", name,
                 " is on ", given.device());
     kept = given.to(at::kDouble);
@@ -164,13 +161,13 @@ struct Call {
   }
 
   void launch() {
-#if defined(FUSED_BCE_CUDA)
-    if (anchor.is_cuda()) {
-      const Tensor workspace =
-          at::empty({cuda_workspace_bytes(problem)}, anchor.options().dtype(at::kByte));
-      return launch_cuda(problem, workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
+    if constexpr (kHasCuda) {
+      if (is_on_gpu(anchor)) {
+        const Tensor workspace =
+            at::empty({cuda_workspace_bytes(problem)}, anchor.options().dtype(at::kByte));
+        return launch_cuda(problem, workspace.mutable_data_ptr(), current_stream());
+      }
     }
-#endif
     launch_cpu(problem);
   }
 };
@@ -196,13 +193,13 @@ Tensor count_kept(const Tensor& target, OptionalIndex ignore_index, bool ignore_
   const Tensor dense = anchor_of(target);
   const Dense operand{dense.const_data_ptr(), target_dtype_of(dense.scalar_type())};
   Tensor count = at::zeros({}, target.options().dtype(at::kDouble));
-#if defined(FUSED_BCE_CUDA)
-  if (target.is_cuda()) {
-    launch_cuda_count_kept(operand, dense.numel(), ignored, count.mutable_data_ptr<double>(),
-                           c10::cuda::getCurrentCUDAStream());
-    return count;
+  if constexpr (kHasCuda) {
+    if (is_on_gpu(target)) {
+      launch_cuda_count_kept(operand, dense.numel(), ignored, count.mutable_data_ptr<double>(),
+                             current_stream());
+      return count;
+    }
   }
-#endif
   *count.mutable_data_ptr<double>() = count_kept_cpu(operand, dense.numel(), ignored);
   return count;
 }
@@ -229,7 +226,7 @@ std::tuple<Tensor, Tensor> forward_with_grad(const Tensor& logits, const Tensor&
 
 void scale_(Tensor& grad_logits, const Tensor& grad_loss, bool zero_stays) {
   const c10::DeviceGuard device(grad_logits.device());
-  const bool on_gpu = !grad_logits.is_cpu();
+  const bool on_gpu = is_on_gpu(grad_logits);
   const bool aligned =
       !on_gpu || reinterpret_cast<uintptr_t>(grad_logits.const_data_ptr()) % 16 == 0;
   if (!aligned || !grad_logits.is_non_overlapping_and_dense()) {
@@ -243,10 +240,9 @@ void scale_(Tensor& grad_logits, const Tensor& grad_loss, bool zero_stays) {
   scaling.grad_loss =
       broadcast_along("grad_loss", kept, grad_logits, scaling.dtype == DType::kFloat64);
   scaling.zero_stays = zero_stays;
-#if defined(FUSED_BCE_CUDA)
-  if (on_gpu)
-    return launch_cuda_scale(scaling, grad_logits.numel(), c10::cuda::getCurrentCUDAStream());
-#endif
+  if constexpr (kHasCuda) {
+    if (on_gpu) return launch_cuda_scale(scaling, grad_logits.numel(), current_stream());
+  }
   scale_cpu(scaling, grad_logits.numel());
 }
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import warnings
 from typing import NamedTuple
 
@@ -10,6 +11,11 @@ import torch
 from torch import Tensor
 
 import fused_bce
+
+# Whether, in this build, the CUDA kernels run in the place of the CPU's: tests/emulator
+EMULATES_CUDA = (
+    fused_bce.build_info()["cuda_archs"] == ["emulated"] and "EMULATOR_OFF" not in os.environ
+)
 
 fused = fused_bce.functional.binary_cross_entropy_with_logits
 torch_bce = torch.nn.functional.binary_cross_entropy_with_logits
@@ -22,7 +28,7 @@ by_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 def why_no_cuda() -> str | None:
     """Why nothing can be tested on a GPU here; None if it can."""
-    if not torch.cuda.is_available():
+    if EMULATES_CUDA or not torch.cuda.is_available():
         return "no CUDA device"
     if fused_bce.build_info()["cuda_archs"] is None:
         return "there is a GPU, but this build has no CUDA kernels: rebuild with FORCE_CUDA=1"

@@ -51,22 +51,30 @@ FUSED_BCE_INLINE Lane<double> scale_exp2_minus(Lane<double> y, Lane<double> shif
   return Lane<double>(y.v * __longlong_as_double((1023 - __double_as_longlong(shifted.v)) << 52));
 }
 
-// Two instructions, with the bounds that PTX gives for their errors. In the emulation of
-// tests/emulator there are others of these names.
-#if defined(__CUDACC__)
+// Two instructions, with the bounds that PTX gives for their errors. nvcc knows them; the emulator
+// in tests/emulator errs on purpose.
+
 // 2^t, to 2 ULP
-__device__ __forceinline__ float exp2_approximately(float t) {
+FUSED_BCE_INLINE float exp2_approximately(float t) {
+#if defined(__CUDACC__)
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(t));
   return result;
+#else
+  return emulator::exp2(t);
+#endif
 }
+
 // 1 / b, to 1 ULP
-__device__ __forceinline__ float reciprocal_approximately(float b) {
+FUSED_BCE_INLINE float reciprocal_approximately(float b) {
+#if defined(__CUDACC__)
   float result;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(b));
   return result;
-}
+#else
+  return emulator::reciprocal(b);
 #endif
+}
 
 // In float the special-function unit takes the place of the polynomial: exp(-a) = 2^t, t = -a log2
 // e, and the rounding error of t, which would cost 15 ULP, is put right to first order.

@@ -112,7 +112,8 @@ void limit_cuda_blocks(int64_t most) { most_blocks.store(std::max<int64_t>(most,
 
 bool cuda_covers_current_device() {
   cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, scale_kernel<float>);
+  const cudaError_t error =
+      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&scale_kernel<float>));
   if (error == cudaSuccess) return true;
   cudaGetLastError();  // an answer, not an error to report later
   return false;

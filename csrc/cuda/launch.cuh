@@ -30,14 +30,15 @@ struct Workspace {
   double* sums = nullptr;      // [chunks]
 };
 
-// Starts a kernel. In the emulation of tests/emulator there is another of this name.
-#if defined(__CUDACC__)
 template <class Kernel, class... Parameters>
 void start(Kernel* kernel, unsigned blocks, cudaStream_t stream, const Parameters&... arguments) {
+#if defined(__CUDACC__)
   kernel<<<blocks, kThreads, 0, stream>>>(arguments...);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-}
+#else  // tests/emulator
+  emulator::run(blocks, kThreads, [=] { kernel(arguments...); });
 #endif
+}
 
 // One translation unit for each dtype of the logits.
 void launch_float16(const Arguments&, const Workspace&, unsigned blocks, cudaStream_t);

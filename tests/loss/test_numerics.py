@@ -6,31 +6,34 @@ its digits.
 """
 
 import math
+import os
 
 import mpmath
 import numpy as np
 import pytest
 import torch
-from helpers import why_no_cuda
+from helpers import EMULATES_CUDA, why_no_cuda
 
 from fused_bce import _C
 
-KERNELS = [*_C.instruction_sets(), "cuda"]
+KERNELS = ["emulated cuda"] if EMULATES_CUDA else [*_C.instruction_sets(), "cuda"]
 NONE, MEAN, SUM = range(3)
 forward_op = torch.ops.fused_bce.binary_cross_entropy_with_logits
 backward_op = torch.ops.fused_bce.backward
 POS_WEIGHTS = [None, 0.01, 0.3, 1.0, 3.7, 100.0]
-MAX_ULP = 4.0
+# Emulated with a seed, each of CUDA's two approximations is off by up to what is documented, 2 and
+# 1 ULP.
+MAX_ULP = 7.0 if os.environ.get("EMULATOR_SEED") else 4.0
 SMALLEST_NORMAL = {torch.float32: 2.0**-126, torch.float64: 2.0**-1022}
 
 
 @pytest.fixture(params=KERNELS)
 def kernel_device(request):
     """The device to run on, with each instruction set of the CPU forced in turn."""
-    if request.param == "cuda":
-        if reason := why_no_cuda():
-            pytest.skip(reason)
-        yield "cuda"
+    if request.param == "cuda" and (reason := why_no_cuda()):
+        pytest.skip(reason)
+    if request.param not in _C.instruction_sets():
+        yield "cpu" if EMULATES_CUDA else "cuda"
         return
     before = _C.current_instruction_set()
     _C.use_instruction_set(request.param)
@@ -109,7 +112,7 @@ def test_hardest_weighted_gradient(kernel_device):
     weight = 0.060518521815538406
     _, grad = losses_and_gradients(logits, 1.0, weight, kernel_device)
     true = -weight / (1 + math.exp(float(logits[0])))
-    assert ulp_errors(grad, np.array([true]), np.array([False])).max() <= 4
+    assert ulp_errors(grad, np.array([true]), np.array([False])).max() <= MAX_ULP
 
 
 def test_float64_hard_targets(kernel_device, request, capsys):

@@ -1,0 +1,262 @@
+// The GPU: a fibre for each thread of a block, and what they wait for.
+//
+// The thread sanitizer sees each fibre as a thread of its own, ordered after the launch, before its
+// end, and by nothing else than barriers, and fences beside atomic operations, as in the memory
+// model of PTX: a fence before an atomic operation releases, one after it acquires. So blocks that
+// run one after the other here race if they could on a GPU.
+#include "cuda.h"
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#define IF_TSAN(statement) statement
+#else
+#define IF_TSAN(statement)
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#define IF_ASAN(statement) statement
+#else
+#define IF_ASAN(statement)
+#endif
+
+namespace emulator {
+namespace {
+
+constexpr unsigned kWarp = 32;
+constexpr size_t kStack = 64 << 10;
+
+enum class State { kRuns, kWaitsForBlock, kWaitsForWarp, kDone };
+
+struct Fibre {
+  Place place;
+  State state = State::kRuns;
+  double given = 0;  // to the warp
+  bool fenced = false;
+  void* last_atomic = nullptr;
+  char* stack = nullptr;
+  ucontext_t context;
+  void* asan = nullptr;
+  void* tsan = nullptr;
+};
+
+struct Block {
+  std::vector<Fibre> fibres;
+  std::shared_ptr<char[]> stacks;
+  const std::function<void()>* kernel = nullptr;
+  ucontext_t scheduler;
+  void* asan = nullptr;
+  const void* asan_stack = nullptr;
+  size_t asan_size = 0;
+  void* tsan = nullptr;
+  char barrier = 0;  // its address, for the thread sanitizer
+};
+
+thread_local Block* block = nullptr;
+thread_local Fibre* fibre = nullptr;
+
+const int seed = [] {
+  const char* given = std::getenv("EMULATOR_SEED");
+  return given ? std::atoi(given) : 0;
+}();
+
+// Back to the scheduler, until that goes on with this fibre.
+EMULATOR_UNSEEN void leave(State state) {
+  Block& b = *block;
+  Fibre& f = *fibre;
+  f.state = state;
+  IF_TSAN(__tsan_switch_to_fiber(b.tsan, __tsan_switch_to_fiber_no_sync));
+  IF_ASAN(__sanitizer_start_switch_fiber(state == State::kDone ? nullptr : &f.asan, b.asan_stack,
+                                         b.asan_size));
+  swapcontext(&f.context, &b.scheduler);
+  IF_ASAN(__sanitizer_finish_switch_fiber(f.asan, nullptr, nullptr));
+}
+
+EMULATOR_UNSEEN void enter() {
+  IF_ASAN(__sanitizer_finish_switch_fiber(nullptr, &block->asan_stack, &block->asan_size));
+  (*block->kernel)();
+  IF_TSAN(__tsan_release(const_cast<std::function<void()>*>(block->kernel)));
+  leave(State::kDone);
+}
+
+// Until it waits or is done
+EMULATOR_UNSEEN void go_on(Block& b, Fibre& f) {
+  fibre = &f;
+  IF_TSAN(__tsan_switch_to_fiber(f.tsan, __tsan_switch_to_fiber_no_sync));
+  IF_ASAN(__sanitizer_start_switch_fiber(&b.asan, f.stack, kStack));
+  swapcontext(&b.scheduler, &f.context);
+  IF_ASAN(__sanitizer_finish_switch_fiber(b.asan, nullptr, nullptr));
+}
+
+// Those of the block before, unless the thread sanitizer remembers what happened there.
+std::shared_ptr<char[]> stacks_of(unsigned threads) {
+  static thread_local std::shared_ptr<char[]> stacks;
+  static thread_local unsigned of = 0;
+  IF_TSAN(stacks.reset());
+  if (!stacks || of != threads) stacks.reset(new char[threads * kStack]);
+  IF_ASAN(__asan_unpoison_memory_region(stacks.get(), threads * kStack));
+  of = threads;
+  return stacks;
+}
+
+void make(Block& b, unsigned threads, const Place& place) {
+  b.fibres.resize(threads);
+  for (unsigned t = 0; t < threads; ++t) {
+    Fibre& f = b.fibres[t];
+    f.place = place;
+    f.place.thread = {t, 0, 0};
+    f.stack = b.stacks.get() + t * kStack;
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack;
+    f.context.uc_stack.ss_size = kStack;
+    makecontext(&f.context, enter, 0);
+    IF_TSAN(f.tsan = __tsan_create_fiber(0));
+  }
+}
+
+bool all_in(State state, const Fibre* first, size_t count) {
+  return std::all_of(first, first + count, [=](const Fibre& f) { return f.state == state; });
+}
+
+void release(Fibre* first, size_t count) {
+  for (size_t t = 0; t < count; ++t) first[t].state = State::kRuns;
+}
+
+// Whether anyone may go on; if not, all are done.
+bool release_waiting(Block& b) {
+  Fibre* const first = b.fibres.data();
+  const size_t threads = b.fibres.size();
+  if (all_in(State::kDone, first, threads)) return false;
+  bool released = false;
+  for (size_t t = 0; t < threads; t += kWarp) {
+    if (!all_in(State::kWaitsForWarp, first + t, kWarp)) continue;
+    release(first + t, kWarp);
+    released = true;
+  }
+  if (!released) {
+    if (!all_in(State::kWaitsForBlock, first, threads)) stop("not all threads reach a barrier");
+    release(first, threads);
+  }
+  return true;
+}
+
+void run_block(Block& b, unsigned order) {
+  block = &b;
+  IF_TSAN(b.tsan = __tsan_get_current_fiber());
+  std::mt19937 random(order);
+  std::vector<Fibre*> turns;
+  for (Fibre& f : b.fibres) turns.push_back(&f);
+  do {
+    std::shuffle(turns.begin(), turns.end(), random);
+    for (Fibre* f : turns)
+      if (f->state == State::kRuns) go_on(b, *f);
+  } while (release_waiting(b));
+}
+
+// The next number but `most` in either direction, by the operand and the seed; seed 0 is kind.
+float off_by(float right, int most, float operand) {
+  if (seed == 0) return right;
+  const unsigned drawn = std::minstd_rand(bits<unsigned>(operand) * 2654435761u + seed)();
+  const int steps = static_cast<int>(drawn / 7 % (2 * most + 1)) - most;
+  const float moved = bits<float>(bits<int>(right) + steps);
+  return std::isnormal(right) && std::isnormal(moved) ? moved : right;
+}
+
+}  // namespace
+
+EMULATOR_UNSEEN const Place& here() { return fibre->place; }
+
+void run(unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
+  static std::atomic<unsigned> launches{0};
+  std::mt19937 random(seed + launches++);
+  std::vector<unsigned> order(blocks);
+  for (unsigned i = 0; i < blocks; ++i) order[i] = i;
+  std::shuffle(order.begin(), order.end(), random);
+  std::vector<std::unique_ptr<Block>> kept;
+  for (unsigned i : order) {
+    auto b = std::make_unique<Block>();
+    b->kernel = &kernel;
+    b->stacks = stacks_of(threads);
+    // Shared memory is the thread's.
+    std::thread([&, drawn = random()] {
+      make(*b, threads, {{}, {i, 0, 0}, dim3(blocks)});
+      run_block(*b, drawn);
+    }).join();
+    // A fibre that took the place of another would count as ordered after it.
+    IF_TSAN(kept.push_back(std::move(b)));
+  }
+  IF_TSAN(__tsan_acquire(const_cast<std::function<void()>*>(&kernel)));
+  for (const auto& b : kept)
+    for ([[maybe_unused]] Fibre& f : b->fibres) IF_TSAN(__tsan_destroy_fiber(f.tsan));
+}
+
+EMULATOR_UNSEEN void wait_for_block() {
+  IF_TSAN(__tsan_release(&block->barrier));
+  leave(State::kWaitsForBlock);
+  IF_TSAN(__tsan_acquire(&block->barrier));
+}
+
+EMULATOR_UNSEEN double from_lane(double given, unsigned distance) {
+  const unsigned t = here().thread.x;
+  fibre->given = given;
+  leave(State::kWaitsForWarp);
+  const double got = t % kWarp + distance < kWarp ? block->fibres.data()[t + distance].given : given;
+  leave(State::kWaitsForWarp);  // nobody gives anything else before all have it
+  return got;
+}
+
+EMULATOR_UNSEEN void fence() {
+  if (fibre->last_atomic) IF_TSAN(__tsan_acquire(fibre->last_atomic));
+  fibre->last_atomic = nullptr;
+  fibre->fenced = true;
+}
+
+EMULATOR_UNSEEN void begin_atomic(void* address) {
+  if (fibre->fenced) IF_TSAN(__tsan_release(address));
+  (void)address;
+  fibre->fenced = false;
+}
+
+EMULATOR_UNSEEN void end_atomic(void* address) { fibre->last_atomic = address; }
+
+float exp2(float t) {
+  const float right = static_cast<float>(std::exp2(static_cast<double>(t)));
+  if (std::fpclassify(right) == FP_SUBNORMAL) return 0;
+  return std::fpclassify(t) == FP_ZERO || std::fpclassify(t) == FP_SUBNORMAL
+             ? 1
+             : off_by(right, 2, t);
+}
+
+float reciprocal(float b) { return off_by(1 / b, 1, b); }
+
+void stop(const char* why) {
+  std::fprintf(stderr, "CUDA emulator: %s: block %u, thread %u\n", why, here().block.x,
+               here().thread.x);
+  std::abort();
+}
+
+}  // namespace emulator
+
+// What csrc/cuda calls of CUDA's runtime: there is one device, and nothing fails.
+extern "C" {
+
+cudaError_t cudaMemsetAsync(void* p, int value, size_t count, cudaStream_t) {
+  std::memset(p, value, count);
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t) { return "none"; }
+}
