@@ -1,10 +1,19 @@
-"""What only a GPU has: streams, graphs, devices, alignment, launches, its memory."""
+"""What only a GPU has: streams, graphs, devices, launches, its memory."""
 
 import contextlib
-import itertools
 
 import pytest
 import torch
+from common import (
+    CHUNK,
+    DEVICE,
+    assert_close_to_torch,
+    assert_same_bits,
+    by_extras,
+    check_result,
+    expected_results,
+    make_grad_loss,
+)
 from helpers import (
     REDUCTIONS,
     Result,
@@ -27,33 +36,11 @@ from helpers import (
 )
 from torch.profiler import ProfilerActivity, profile
 
-from fused_bce import _C, why_not_fused
+from fused_bce import why_not_fused
 
 pytestmark = pytest.mark.skipif(why_no_cuda() is not None, reason=str(why_no_cuda()))
 
-DEVICE = "cuda"
-CHUNK = 8192  # elements that one block sums up; beyond, blocks have to agree on who is last
 SLEEP = 50_000_000  # cycles, some 30 ms: time for the host to fill the streams
-
-
-def expected_results(logits, target, **options) -> tuple[Result, Result]:
-    """Of torch in the same dtype and in float64, without the gradient of the target."""
-    theirs = evaluate(torch_bce, logits, target, **options)
-    return theirs, reference(logits, target, **options)._replace(grad_target=None)
-
-
-def check_result(got: Result, logits, target, **options) -> None:
-    assert_results_no_worse(got, *expected_results(logits, target, **options))
-
-
-def assert_same_bits(got: Result, expected: Result) -> None:
-    assert torch.equal(got.loss, expected.loss)
-    assert torch.equal(got.grad_logits, expected.grad_logits)
-
-
-def make_grad_loss(logits, reduction):
-    """Not 1, so that backward has something to do."""
-    return torch.full(logits.shape if reduction == "none" else (), 2.5, device=logits.device)
 
 
 # Streams
@@ -251,72 +238,6 @@ def test_weight_on_another_device(on, weight_on, shape, name):
         assert outcome(fused, logits, target, **options).error == expected
 
 
-# The order of additions
-
-
-@pytest.fixture
-def limit_blocks():
-    yield _C.limit_cuda_blocks
-    _C.limit_cuda_blocks(2**31 - 1)
-
-
-@by_reduction
-@by_dtype
-@pytest.mark.parametrize("numel", [1000, CHUNK, 100_003, 2**20 + 5])
-def test_any_number_of_blocks(limit_blocks, numel, dtype, reduction):
-    logits, target = draw((numel,), DEVICE, dtype, dtype)
-    options = {"grad_loss": make_grad_loss(logits, reduction), "reduction": reduction}
-    first = evaluate(fused, logits, target, **options)
-    for blocks in (1, 2, 7, 100, 2**31 - 1):
-        limit_blocks(blocks)
-        for _ in range(3):
-            assert_same_bits(evaluate(fused, logits, target, **options), first)
-    check_result(first, logits, target, **options)
-
-
-def at_offset(t, offset):
-    """A contiguous copy that begins ``offset`` elements after an aligned address."""
-    return t.new_empty(offset + t.numel())[offset:].copy_(t)
-
-
-@by_dtype
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("numel", [1, 100, CHUNK, 20_001])
-def test_misaligned(numel, reduction, dtype):
-    """The kernel that reads element by element adds up in the order of the one for vectors."""
-    logits, target = draw((numel,), DEVICE, dtype, dtype)
-    aligned = evaluate(fused, logits, target, reduction=reduction)
-    theirs, exact = expected_results(logits, target, reduction=reduction)
-    assert_results_no_worse(aligned, theirs, exact)
-    for a, b in itertools.product(range(16), range(16)):
-        operands = at_offset(logits, a), at_offset(target, b)
-        assert operands[0].data_ptr() % 16 == a * dtype.itemsize % 16
-        got = evaluate(fused, *operands, reduction=reduction)
-        assert torch.equal(got.loss, aligned.loss)
-        assert_no_worse(got.grad_logits, theirs.grad_logits, exact.grad_logits)
-
-
-# shapes of logits and of their weights, for a length n
-SHAPES = {
-    "full": lambda n: ((n,), (n,)),
-    "columns": lambda n: ((2, n), (n,)),
-    "rows": lambda n: ((2, n), (2, 1)),
-}
-
-
-# 2, 4 and 8 elements to a vector
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=dtype_name)
-@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("n", [*range(1, 71), CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 100_003])
-def test_sizes_with_weights(n, shapes, dtype):
-    """Around the widths of vectors and chunks: where the weights start again, and the padding."""
-    shape, weight_shape = shapes(n)
-    logits, target = draw(shape, DEVICE, dtype, dtype)
-    weights = draw_weights(["weight", "pos_weight"], weight_shape, DEVICE)
-    for reduction in REDUCTIONS:
-        check(logits, target, reduction=reduction, **weights)
-
-
 # 2^31 + 17 elements: in five columns, so that vectors and periods of the weights never agree
 HUGE = (2**31 + 17) // 5, 5
 
@@ -511,62 +432,6 @@ def test_launches(numel):
 # Targets of integers, ignore_index, label_smoothing
 
 
-INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-EXTRAS = {
-    "plain": {},
-    "label_smoothing": {"label_smoothing": 0.1},
-    "ignore_index": {"ignore_index": 1},
-}
-by_extras = pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
-by_target_dtype = pytest.mark.parametrize("target_dtype", INTEGERS, ids=dtype_name)
-
-
-def on_the_cpu(logits, target, **options):
-    """The same kernels' formula, compiled for the CPU and tested there, in float64."""
-    got = evaluate(fused, logits.cpu().double(), target.cpu(), **options)
-    return Result(got.loss.to(logits.dtype), got.grad_logits.to(logits.dtype), None)
-
-
-def assert_as_on_the_cpu(got, logits, target, **options):
-    expected = on_the_cpu(logits, target, **options)
-    eps = torch.finfo(logits.dtype).eps
-    for g, e in zip(got[:2], expected[:2], strict=True):
-        # Smoothed targets round in float32, and near 0 their gradients cancel.
-        atol = 8 * eps * e.abs().max().item()
-        torch.testing.assert_close(g.cpu(), e, rtol=8 * eps, atol=atol)
-
-
-@by_dtype
-@by_reduction
-@by_extras
-@by_target_dtype
-def test_integers_of_any_size_and_alignment(target_dtype, extras, reduction, dtype):
-    # Around a vector, a chunk, several chunks; and from an address that no vector may have.
-    for numel in (1, 15, 16, 17, CHUNK - 1, CHUNK, CHUNK + 1, 5 * CHUNK + 3):
-        logits = torch.randn(numel + 1, device=DEVICE).to(dtype)
-        target = torch.randint(2, (numel + 1,), device=DEVICE).to(target_dtype)
-        options = {"reduction": reduction, **extras}
-        for x, t in (
-            (logits[:-1], target[:-1]),
-            (logits[1:], target[1:]),
-            (logits[:-1], target[1:]),
-        ):
-            assert_as_on_the_cpu(evaluate(fused, x, t, **options), x, t, **options)
-
-
-@by_extras
-@by_reduction
-def test_extras_with_any_number_of_blocks(limit_blocks, reduction, extras):
-    logits = torch.randn(20 * CHUNK + 5, device=DEVICE)
-    target = torch.randint(2, logits.shape, device=DEVICE, dtype=torch.uint8)
-    expected = evaluate(fused, logits, target, reduction=reduction, **extras)
-    for most in (1, 3, 7):
-        limit_blocks(most)
-        got = evaluate(fused, logits, target, reduction=reduction, **extras)
-        assert torch.equal(got.loss, expected.loss)
-        assert torch.equal(got.grad_logits, expected.grad_logits)
-
-
 @sync_debug_mode
 @by_reduction
 @by_extras
@@ -576,7 +441,7 @@ def test_no_synchronisation_with_extras(dtype, extras, reduction):
     target = torch.randint(2, (5, 3000), device=DEVICE)
     with no_synchronisation():
         got = evaluate(fused, logits, target, reduction=reduction, **extras)
-    assert_as_on_the_cpu(got, logits, target, reduction=reduction, **extras)
+    assert_close_to_torch(got, logits, target, reduction=reduction, **extras)
 
 
 @by_graph
@@ -597,7 +462,7 @@ def test_graph_with_extras(extras, reduction, numel):
         graph.replay()
         for got, eager in zip(static, compute(), strict=True):
             assert torch.equal(got, eager)
-        assert_as_on_the_cpu(Result(*static, None), logits, target, reduction=reduction, **extras)
+        assert_close_to_torch(Result(*static, None), logits, target, reduction=reduction, **extras)
 
 
 @pytest.mark.usefixtures("_records_kernels")
