@@ -37,7 +37,7 @@ lint: $(built)
 docs: $(built)  ## the pages and the API reference as a site, build/docs/index.html; warnings are errors
 	$(VENV)/bin/sphinx-build -W --keep-going -q -c docs -d build/doctrees . build/docs
 
-sanitize: $(built)  ## tests of the C++ of the CPU path under the address, undefined and thread sanitizers
+sanitize: $(built)  ## tests of the C++, also of the CUDA kernels compiled for the host, under sanitizers
 	PYTHON=$(python) bash .ci/sanitize
 
 gpu:  ## on a machine with a GPU, with the python3 at hand: build, test, sanitize, measure

@@ -12,7 +12,8 @@
 namespace fused_bce {
 
 #if defined(FUSED_BCE_EMULATES_CUDA)
-// In tests/emulator the memory of the CPU is that of the GPU, unless the environment says otherwise.
+// In tests/emulator the memory of the CPU is that of the GPU, unless the environment says
+// otherwise.
 constexpr bool kHasCuda = true;
 inline bool is_on_gpu(const at::Tensor&) {
   static const bool emulates = !std::getenv("EMULATOR_OFF");

@@ -1,0 +1,43 @@
+// Three calls of the kernels for float32, in plain C, for mutants.py.
+#include "../../csrc/problem.h"
+#include "../../csrc/cuda/launch.cuh"
+
+using namespace fused_bce;
+
+extern "C" {
+
+// A mean with its gradient. `workspace` has room, and whatever was left there.
+void probe_mean(int64_t numel, const float* logits, const float* target, const float* pos_weight,
+                int64_t channels, double ignore_index, const double* divisor, float* loss,
+                float* grad_logits, void* workspace, int64_t most_blocks) {
+  Problem p;
+  p.numel = numel;
+  p.logits.data = logits;
+  p.target.data = target;
+  if (pos_weight) p.pos_weight = {pos_weight, DType::kFloat32, channels, 1, 1};
+  p.ignored.index = ignore_index;
+  p.divisor_on_gpu = divisor;
+  p.loss = loss;
+  p.grad_logits = grad_logits;
+  limit_cuda_blocks(most_blocks);
+  launch_cuda(p, cuda_workspace_bytes(p) ? workspace : nullptr, nullptr);
+}
+
+void probe_scale(float* grad_logits, int64_t numel, const float* grad_loss, int64_t channels) {
+  launch_cuda_scale({grad_logits, DType::kFloat32, {grad_loss, DType::kFloat32, channels, 1, 1}},
+                    numel, nullptr);
+}
+
+void probe_count_kept(const float* target, int64_t numel, double ignore_index, double* count) {
+  launch_cuda_count_kept({target, DType::kFloat32}, numel, {ignore_index}, count, nullptr);
+}
+}
+
+namespace fused_bce {
+
+// Not compiled here
+void launch_float16(const Arguments&, const Workspace&, unsigned, cudaStream_t) {}
+void launch_bfloat16(const Arguments&, const Workspace&, unsigned, cudaStream_t) {}
+void launch_float64(const Arguments&, const Workspace&, unsigned, cudaStream_t) {}
+
+}  // namespace fused_bce
