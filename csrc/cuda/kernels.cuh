@@ -76,8 +76,18 @@ __device__ __forceinline__ bool is_last_block(unsigned* ticket) {
 __device__ __forceinline__ void add_up(const Problem& p, const Workspace& workspace) {
   if (!is_last_block(workspace.ticket)) return;
   const int64_t chunks = chunks_of(p.numel);
+  constexpr int kInFlight = 8;  // loads: one after the other they would take their whole latency
   double sum = 0;
-  for (int64_t c = threadIdx.x; c < chunks; c += kThreads) sum += __ldcg(workspace.sums + c);
+  for (int64_t c = threadIdx.x; c < chunks; c += kThreads * kInFlight) {
+    double sums[kInFlight];
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      const int64_t at = c + u * kThreads;
+      sums[u] = at < chunks ? __ldcg(workspace.sums + at) : 0;
+    }
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) sum += sums[u];
+  }
   sum = block_sum(sum);
   if (threadIdx.x == 0) store_loss(p, sum);
 }
