@@ -22,9 +22,30 @@ constexpr int kWarp = 32;
 // In the place of a target's type: any, known at run time only. For rare pairs.
 struct AnyTarget {};
 
+// What a kernel can do beside the formula.
+enum class Variant {
+  kPlain,    // nothing: no weights, targets as they are
+  kExtras,   // targets that are smoothed or ignored
+  kColumns,  // weights: each is one number, or has a vector of floats for a vector of elements
+  kRows,     // weights: each is one number, or has one float for a vector of elements
+  kGeneral,  // all of it, any layout and dtype of weights, and grad_loss with a number an element
+};
+
 // Every number of the loop that is known when it is compiled.
-template <class L, class T, bool kGeneral>
+template <class L, class T, Pass pass, Variant variant>
 struct Shape {
+  using Logits = L;
+  static constexpr Pass kPass = pass;
+  static constexpr Variant kVariant = variant;
+  static constexpr bool kPlain = variant == Variant::kPlain;
+  static constexpr bool kGeneral = variant == Variant::kGeneral;
+  static constexpr bool kExtras = variant == Variant::kExtras || kGeneral;
+  static constexpr bool kWeighs =
+      variant == Variant::kColumns || variant == Variant::kRows || kGeneral;
+  // Whether there may be a grad_loss that is part of the arithmetic. Plain, it is part of the
+  // scale.
+  static constexpr bool kFolds = pass == Pass::kGrad && std::is_same_v<L, __half>;
+  static constexpr bool kHasFactor = kWeighs || (kFolds && !kPlain);
   // The arithmetic's type
   using C = std::conditional_t<std::is_same_v<L, double>, double, float>;
   static constexpr bool kAnyTarget = std::is_same_v<T, AnyTarget>;
@@ -33,8 +54,13 @@ struct Shape {
   static constexpr int kVector = 16 / kSmallest;
   // What a vector of targets is loaded as
   using Target = std::conditional_t<kAnyTarget, C, T>;
-  // Vectors whose loads are under way together, as far as the registers suffice.
-  static constexpr int kInFlight = kGeneral || kVector > 8 ? 1 : 2;
+  // Vectors whose loads are under way together, and whose losses are added up in C
+  static constexpr int kInFlight = kPlain && kVector <= 8 ? 2 : 1;
+  // Steps in one turn of the loop, whose own instructions are few among those for 16 elements.
+  static constexpr int kUnrolled = kGeneral ? 1 : 16 / (kVector * kInFlight);
+  // Blocks for which a multiprocessor's registers must suffice; 0: any number. 16 weights take
+  // many.
+  static constexpr int kBlocks = kWeighs && kVector > 8 ? 2 : 0;
 };
 
 // Sum over the block in a fixed order, for thread 0.
@@ -145,35 +171,91 @@ __device__ __forceinline__ Pack<typename S::Target, S::kVector> load_target(cons
 }
 
 // pos_weight, and the product of weight and of grad_loss where that is folded in.
-template <class C, int N>
-__device__ __forceinline__ void load_weights(const Arguments& a, int64_t at, C (&positive)[N],
-                                             C (&factor)[N]) {
-  load_broadcast(a.pos_weight, at, positive);
-  load_broadcast(a.weight, at, factor);
-  C folded[N];
-  load_broadcast(a.folded, at, folded);
+template <class S>
+class Weights {
+  using C = typename S::C;
+  static constexpr int N = S::kVariant == Variant::kRows ? 1 : S::kVector;
+  C positive_[N], factor_[N];
+
+ public:
+  // Those that are one number
+  __device__ __forceinline__ explicit Weights(const Arguments& a) {
+    if constexpr (S::kWeighs && !S::kGeneral) {
+      fill(positive_, a.pos_weight.varies() ? C(1) : load_number<C>(a.pos_weight));
+      fill(factor_, a.weight.varies() ? C(1) : load_number<C>(a.weight));
+    } else {
+      fill(positive_, C(1));
+      fill(factor_, C(1));
+    }
+    fold(a);
+  }
+
+  // The others, of the vector at i
+  __device__ __forceinline__ void load(const Arguments& a, int64_t i) {
+    if constexpr (S::kGeneral) {
+      load_broadcast(a.pos_weight, i, positive_);
+      load_broadcast(a.weight, i, factor_);
+      fold(a, i);
+    } else if constexpr (S::kWeighs) {
+      const uint32_t n = static_cast<uint32_t>(i);
+      const uint32_t run = S::kVariant == Variant::kRows ? a.varying.by_inner.quotient(n) : n;
+      const uint32_t channel = a.varying.by_channels.remainder(run);
+      if (a.pos_weight.varies()) load_floats(a.pos_weight, channel, positive_);
+      if (a.weight.varies()) {
+        load_floats(a.weight, channel, factor_);
+        fold(a);
+      }
+    }
+  }
+
+  __device__ __forceinline__ C positive(int k) const { return positive_[k % N]; }
+  __device__ __forceinline__ C factor(int k) const { return factor_[k % N]; }
+
+ private:
+  static __device__ __forceinline__ void fill(C (&values)[N], C value) {
 #pragma unroll
-  for (int k = 0; k < N; ++k) factor[k] *= folded[k];
-}
+    for (int k = 0; k < N; ++k) values[k] = value;
+  }
+  __device__ __forceinline__ void fold(const Arguments& a, int64_t i = 0) {
+    if constexpr (S::kFolds) {
+      C folded[N];
+      if constexpr (S::kGeneral)
+        load_broadcast(a.folded, i, folded);
+      else
+        fill(folded, load_number<C>(a.folded));
+#pragma unroll
+      for (int k = 0; k < N; ++k) factor_[k] *= folded[k];
+    }
+  }
+};
 
-// What label smoothing makes of a target: target * scale + shift.
+// What is done to targets: smoothed they are target * scale + shift.
 template <class C>
-struct Smoothing {
-  C scale, shift;
+struct Extras {
+  C ignore_index, scale, shift;
+  bool ignores_nan;
 
-  __device__ __forceinline__ explicit Smoothing(const Problem& p)
-      : scale(static_cast<C>(p.target_scale)), shift(static_cast<C>(p.target_shift)) {
+  __device__ __forceinline__ explicit Extras(const Problem& p)
+      : ignore_index(static_cast<C>(p.ignored.index)),
+        scale(static_cast<C>(p.target_scale)),
+        shift(static_cast<C>(p.target_shift)),
+        ignores_nan(p.ignored.nan) {
     if (!p.label_smoothing_on_gpu) return;
     scale = static_cast<C>(1 - *p.label_smoothing_on_gpu);
     shift = static_cast<C>(*p.label_smoothing_on_gpu / 2);
   }
+  __device__ __forceinline__ bool ignores(C target) const {
+    return target == ignore_index || (ignores_nan && target != target);
+  }
+  __device__ __forceinline__ C smoothed(C target) const { return ::fma(target, scale, shift); }
 };
 
 // The elements of one chunk that belong to this thread; returns the sum of their losses.
-template <class S, class L, Pass kPass, bool kGeneral, bool kWhole, class Formula>
+template <class S, bool kWhole, class Formula>
 __device__ __forceinline__ double run_chunk(const Formula& formula, const Arguments& a,
                                             int64_t chunk, typename S::C grad_scale) {
   using C = typename S::C;
+  using L = typename S::Logits;
   using T = typename S::Target;
   constexpr int N = S::kVector;
   constexpr int kInFlight = S::kInFlight;
@@ -182,12 +264,12 @@ __device__ __forceinline__ double run_chunk(const Formula& formula, const Argume
   const Problem& p = a.problem;
   L outside;  // the loss of (-inf, 0) is 0
   convert(-std::numeric_limits<C>::infinity(), outside);
-  const C ignore_index = static_cast<C>(p.ignored.index);
-  const Smoothing<C> smoothing(p);
+  const Extras<C> extras(p);
+  Weights<S> weights(a);
 
   double sum = 0;
   int64_t i = chunk * kChunk + static_cast<int64_t>(threadIdx.x) * N;
-#pragma unroll 1
+#pragma unroll(kWhole ? S::kUnrolled : 1)
   for (int step = 0; step < kChunk / kStep; ++step, i += kStep) {
     Pack<L, N> logits[kInFlight];
     Pack<T, N> target[kInFlight];
@@ -197,70 +279,66 @@ __device__ __forceinline__ double run_chunk(const Formula& formula, const Argume
       logits[u] = load<kWhole, L, N>(p.logits.data, at, p.numel, outside);
       target[u] = load_target<kWhole, S>(p.target, at, p.numel);
     }
+    if (kWhole || i < p.numel) weights.load(a, i);
     C step_sum = 0;
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
       const int64_t at = i + u * kThreads * N;
       if (!kWhole && at >= p.numel) break;
-      C losses[N], grads[N];
-      C positive[N], factor[N];
-      if constexpr (kGeneral) load_weights(a, at, positive, factor);
+      C x[N], given[N], losses[N], grads[N];
+      widen(logits[u], x);
+      widen(target[u], given);
 #pragma unroll
       for (int k = 0; k < N; ++k) {
-        C x, given;
-        convert(logits[u].v[k], x);
-        convert(target[u].v[k], given);
         // A padded element must add nothing, whatever its weights are.
-        const bool general = kGeneral && (kWhole || at + k < p.numel);
-        const C t = general ? ::fma(given, smoothing.scale, smoothing.shift) : given;
-        LossAndGrad<Lane<C>> r = formula.template evaluate<kGeneral>(
-            Lane<C>(x), Lane<C>(t), Lane<C>(general ? positive[k] : C(1)));
-        if (general) {
-          const bool ignored = given == ignore_index || (p.ignored.nan && given != given);
-          r.loss.v = ignored ? C(0) : r.loss.v * factor[k];
-          r.grad.v = ignored ? C(0) : r.grad.v * factor[k];
+        const bool inside = kWhole || at + k < p.numel;
+        const bool ignored = S::kExtras && inside && extras.ignores(given[k]);
+        const C t = S::kExtras && inside ? extras.smoothed(given[k]) : given[k];
+        const C positive = S::kWeighs && inside ? weights.positive(k) : C(1);
+        auto [loss, grad] =
+            formula.template evaluate<!S::kPlain>(Lane<C>(x[k]), Lane<C>(t), Lane<C>(positive));
+        if (S::kHasFactor && inside) {
+          loss.v = product(loss.v, weights.factor(k));
+          grad.v = product(grad.v, weights.factor(k));
         }
-        if constexpr (has_sum(kPass)) step_sum += r.loss.v;
-        losses[k] = r.loss.v;
-        grads[k] = r.grad.v * grad_scale;
+        if (has_sum(S::kPass) && !ignored) step_sum += loss.v;
+        losses[k] = ignored ? C(0) : loss.v;
+        grads[k] = (ignored ? C(0) : grad.v) * grad_scale;
       }
-      if constexpr (has_grad(kPass)) {
+      if constexpr (has_grad(S::kPass)) {
         Pack<L, N> stored = narrow(grads, L{});
-        if (kPass == Pass::kGrad && a.grad_loss.operand.data) {
+        if (S::kPass == Pass::kGrad && a.grad_loss.operand.data) {
           C grad_loss[N];
           load_broadcast(a.grad_loss, at, grad_loss);
           stored = scaled(stored, grad_loss, a.zero_stays);
         }
         store<kWhole, L, N>(stored, p.grad_logits, at, p.numel);
       }
-      if constexpr (has_losses(kPass))
+      if constexpr (has_losses(S::kPass))
         with_float<CudaHalf>(p.loss_dtype, [&](auto tag) {
           store<kWhole, decltype(tag), N>(narrow(losses, tag), p.loss, at, p.numel);
         });
     }
-    if constexpr (has_sum(kPass)) sum += step_sum;
+    if constexpr (has_sum(S::kPass)) sum += step_sum;
   }
   return sum;
 }
 
-// kGeneral: with weights, pos_weight, targets that are smoothed or ignored, or any of these, or
-// with a grad_loss for each element that is folded in.
-template <class Formula, class L, class T, Pass kPass, bool kGeneral>
-__global__ void __launch_bounds__(kThreads)
+template <class Formula, class L, class T, Pass kPass, Variant kVariant>
+__global__ void __launch_bounds__(kThreads, (Shape<L, T, kPass, kVariant>::kBlocks))
     loss_kernel(const __grid_constant__ Arguments a, Workspace workspace) {
-  using S = Shape<L, T, kGeneral>;
+  using S = Shape<L, T, kPass, kVariant>;
   using C = typename S::C;
   const Problem& p = a.problem;
   const Formula formula(p);
   C grad_scale = static_cast<C>(1 / divisor_of(p));
-  const Broadcast& folded = a.folded.operand;
-  if (!kGeneral && folded.data) grad_scale *= load_any<C>(folded.data, folded.dtype, 0);
+  if (S::kPlain && S::kFolds) grad_scale *= load_number<C>(a.folded);
 
   const int64_t chunks = chunks_of(p.numel);
   for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     const bool whole = a.aligned && (chunk + 1) * kChunk <= p.numel;
-    double sum = whole ? run_chunk<S, L, kPass, kGeneral, true>(formula, a, chunk, grad_scale)
-                       : run_chunk<S, L, kPass, kGeneral, false>(formula, a, chunk, grad_scale);
+    double sum = whole ? run_chunk<S, true>(formula, a, chunk, grad_scale)
+                       : run_chunk<S, false>(formula, a, chunk, grad_scale);
     if constexpr (has_sum(kPass)) {
       sum = block_sum(sum);
       if (threadIdx.x == 0) {
@@ -275,17 +353,57 @@ __global__ void __launch_bounds__(kThreads)
     if (chunks > 1) add_up(p, workspace);
 }
 
+// The one with the fewest instructions that can do it
+template <int kVector>
+Variant variant_of(const Arguments& a) {
+  const bool weighs = a.problem.weight.data || a.problem.pos_weight.data;
+  const bool extras = has_extras(a.problem);
+  if (a.folded.varies() || (weighs && extras)) return Variant::kGeneral;
+  if (!weighs) return extras ? Variant::kExtras : Variant::kPlain;
+  const auto both = [&](bool (DeviceBroadcast::*are)(int) const) {
+    const auto fits = [&](const DeviceBroadcast& b) {
+      return !b.varies() || (b.goes_with(a.varying) && (b.*are)(kVector));
+    };
+    return fits(a.weight) && fits(a.pos_weight);
+  };
+  if (both(&DeviceBroadcast::in_rows)) return Variant::kRows;
+  return both(&DeviceBroadcast::in_columns) ? Variant::kColumns : Variant::kGeneral;
+}
+
+// The kernel of a variant if it is one of these, else the general one.
+template <class Formula, class L, class T, Pass kPass, Variant... kVariants>
+auto kernel_of(Variant variant) {
+  // Integers do not have one to themselves.
+  using General = std::conditional_t<std::is_integral_v<T>, AnyTarget, T>;
+  auto* kernel = loss_kernel<Formula, L, General, kPass, Variant::kGeneral>;
+  ((variant == kVariants ? void(kernel = loss_kernel<Formula, L, T, kPass, kVariants>) : void()),
+   ...);
+  return kernel;
+}
+
+// Mean and sum in float have all variants. Without weights integers go with kExtras, where results
+// have the general kernel's bits.
+template <class Formula, class L, class T, Pass kPass>
+auto choose_kernel(const Arguments& a) {
+  using S = Shape<L, T, kPass, Variant::kGeneral>;
+  const Variant variant = variant_of<S::kVector>(a);
+  constexpr bool kFew = has_losses(kPass) || std::is_same_v<typename S::C, double>;
+  if constexpr (S::kAnyTarget || (kFew && std::is_integral_v<T>))
+    return kernel_of<Formula, L, T, kPass>(variant);
+  else if constexpr (std::is_integral_v<T>)
+    return kernel_of<Formula, L, T, kPass, Variant::kExtras, Variant::kColumns, Variant::kRows>(
+        variant == Variant::kPlain ? Variant::kExtras : variant);
+  else if constexpr (kFew)
+    return kernel_of<Formula, L, T, kPass, Variant::kPlain>(variant);
+  else
+    return kernel_of<Formula, L, T, kPass, Variant::kPlain, Variant::kExtras, Variant::kColumns,
+                     Variant::kRows>(variant);
+}
+
 template <class Formula, class L, class T, Pass kPass>
 void launch_pass(const Arguments& a, const Workspace& workspace, unsigned blocks,
                  cudaStream_t stream) {
-  auto* kernel = loss_kernel<Formula, L, T, kPass, true>;
-  if constexpr (!std::is_same_v<T, AnyTarget>) {
-    const Problem& p = a.problem;
-    const bool general =
-        p.weight.data || p.pos_weight.data || a.folded.operand.channels > 1 || has_extras(p);
-    if (!general) kernel = loss_kernel<Formula, L, T, kPass, false>;
-  }
-  start(kernel, blocks, stream, a, workspace);
+  start(choose_kernel<Formula, L, T, kPass>(a), blocks, stream, a, workspace);
 }
 
 template <class Formula, class L, class T>

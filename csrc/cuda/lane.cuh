@@ -46,6 +46,10 @@ struct Lane {
   }
 };
 
+// a * b, rounded before anything is added to it
+__device__ __forceinline__ float product(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double product(double a, double b) { return __dmul_rn(a, b); }
+
 // y * 2^-n, n being the integer in the low bits of a number shifted by kRoundShift
 FUSED_BCE_INLINE Lane<double> scale_exp2_minus(Lane<double> y, Lane<double> shifted) {
   return Lane<double>(y.v * __longlong_as_double((1023 - __double_as_longlong(shifted.v)) << 52));
@@ -90,9 +94,10 @@ FUSED_BCE_INLINE Lane<float> exp_minus(Lane<float> a) {
 #else
   bounded = a.v > Precision<float>::kLargestExponent ? Precision<float>::kLargestExponent : a.v;
 #endif
-  const float t = bounded * -kLog2e;
-  const float rest = fmaf(bounded, -kLog2eRest, fmaf(bounded, -kLog2e, -t));
-  const float exp2 = exp2_approximately(t);
+  // A plain product the compiler would compute twice, with both signs.
+  const float minus_t = product(bounded, kLog2e);
+  const float rest = fmaf(bounded, -kLog2eRest, fmaf(bounded, -kLog2e, minus_t));
+  const float exp2 = exp2_approximately(-minus_t);
   return Lane<float>(fmaf(exp2, rest * kLn2, exp2));
 }
 

@@ -10,8 +10,6 @@ namespace {
 
 std::atomic<int64_t> most_blocks{INT32_MAX};
 
-bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
 unsigned blocks_for(int64_t wanted) {
   return static_cast<unsigned>(std::min<int64_t>(wanted, most_blocks.load()));
 }
@@ -21,6 +19,7 @@ Arguments prepare(const Problem& problem) {
   a.problem = problem;
   a.weight = DeviceBroadcast(problem.weight, problem.numel);
   a.pos_weight = DeviceBroadcast(problem.pos_weight, problem.numel);
+  a.varying = a.weight.varies() ? a.weight : a.pos_weight;
   (folds_grad_loss(problem) ? a.folded : a.grad_loss) =
       DeviceBroadcast(problem.grad_loss, problem.numel);
   a.zero_stays = scaling_of(problem).zero_stays;

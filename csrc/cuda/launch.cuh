@@ -19,6 +19,7 @@ __host__ __device__ inline int64_t chunks_of(int64_t numel) {
 struct Arguments {
   Problem problem;
   DeviceBroadcast weight, pos_weight;
+  DeviceBroadcast varying;    // the weight, or pos_weight, that is no number, if there is one
   DeviceBroadcast folded;     // grad_loss where it is part of the arithmetic,
   DeviceBroadcast grad_loss;  // or where it scales what was rounded: see Scaling
   bool zero_stays = false;

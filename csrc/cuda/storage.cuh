@@ -80,6 +80,22 @@ __device__ __forceinline__ void convert(double in, __nv_bfloat16& out) {
   out = __double2bfloat16(in);
 }
 
+template <class S, int N, class C>
+__device__ __forceinline__ void widen(const Pack<S, N>& in, C (&out)[N]) {
+#pragma unroll
+  for (int k = 0; k < N; ++k) convert(in.v[k], out[k]);
+}
+// One instruction an element; the compiler by itself takes two for every other one.
+template <int N>
+__device__ __forceinline__ void widen(const Pack<__nv_bfloat16, N>& in, float (&out)[N]) {
+#pragma unroll
+  for (int k = 0; k < N; k += 2) {
+    const uint32_t two = reinterpret_cast<const uint32_t*>(&in)[k / 2];
+    out[k] = __int_as_float(static_cast<int>(two << 16));
+    out[k + 1] = __int_as_float(static_cast<int>(two & 0xffff0000u));
+  }
+}
+
 // Two elements in one instruction.
 template <int N>
 __device__ __forceinline__ Pack<__half, N> narrow(const float (&in)[N], __half) {
