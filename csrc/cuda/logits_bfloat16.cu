@@ -11,6 +11,8 @@ void launch_bfloat16(const Arguments& a, const Workspace& workspace, unsigned bl
       return launch_pair<__nv_bfloat16, float>(a, workspace, blocks, stream);
     case DType::kBool:
       return launch_pair<__nv_bfloat16, Boolean>(a, workspace, blocks, stream);
+    case DType::kInt64:
+      return launch_pair<__nv_bfloat16, int64_t>(a, workspace, blocks, stream);
     default:
       return launch_pair<__nv_bfloat16, AnyTarget>(a, workspace, blocks, stream);
   }

@@ -9,6 +9,8 @@ void launch_float32(const Arguments& a, const Workspace& workspace, unsigned blo
       return launch_pair<float, float>(a, workspace, blocks, stream);
     case DType::kBool:
       return launch_pair<float, Boolean>(a, workspace, blocks, stream);
+    case DType::kInt64:
+      return launch_pair<float, int64_t>(a, workspace, blocks, stream);
     default:
       return launch_pair<float, AnyTarget>(a, workspace, blocks, stream);
   }
