@@ -1,12 +1,13 @@
-"""Reads the machine code of the plain mean kernels in a build, without a GPU.
+"""Reads the machine code of the mean kernels in a build, without a GPU.
 
     python .ci/check_sass.py fused_bce/_C*.so
 
-For float32 and bfloat16, with targets of the same dtype or bool, and each GPU architecture in the
-build, the loop that does the work must load and store 128 bits at a time, use no local memory (so
-no register is spilled), and take few instructions an element. Needs cuobjdump and nvdisasm (from
-PyPI: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm, for which this looks beside the installed
-packages). Exits with 1 if a check fails or a kernel is not found.
+For float32 and bfloat16, with targets of the same dtype, bool or int64, each variant of the kernel
+but the general one, and each GPU architecture in the build: the loop that does the work must load
+and store 128 bits at a time, use no local memory (so no register is spilled), and take few
+instructions an element; the last block must have many of the sums it adds up under way. Needs
+cuobjdump and nvdisasm (from PyPI: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm, for which this looks
+beside the installed packages). Exits with 1 if a check fails or a kernel is not found.
 """
 
 import os
@@ -14,17 +15,27 @@ import re
 import subprocess
 import sys
 import sysconfig
+from itertools import product
 from pathlib import Path
 
-# Mangled name and most instructions an element. Pass 1 is kSumAndGrad, b0 without weights. At the
-# full bandwidth of a Hopper GPU there is time for 106, 53, 80 and 44.
-LOSS = "loss_kernelINS_18BinaryCrossEntropyE"
+# The place in enum Variant. Rows read one weight for a vector of elements.
+VARIANTS = {"plain": 0, "extras": 1, "columns": 2, "rows": 3}
+# Mangled dtypes and most instructions an element, plain and in the other variants. At the full
+# bandwidth of a Hopper GPU there is time for 106, 53, 80, 44, 141 and 106.
 KERNELS = {
-    "float32": (LOSS + "ffLNS_4PassE1ELb0E", 36),
-    "bfloat16": (LOSS + "13__nv_bfloat16S2_LNS_4PassE1ELb0E", 36),
-    "float32, bool targets": (LOSS + "fNS_7BooleanELNS_4PassE1ELb0E", 37),
-    "bfloat16, bool targets": (LOSS + "13__nv_bfloat16NS_7BooleanELNS_4PassE1ELb0E", 37),
+    "float32": ("ff", 33, 44),
+    "bfloat16": ("13__nv_bfloat16S2_", 35, 44),
+    "float32, bool targets": ("fNS_7BooleanE", 35, 44),
+    "bfloat16, bool targets": ("13__nv_bfloat16NS_7BooleanE", 36, 45),
+    "float32, int64 targets": ("fl", None, 44),
+    "bfloat16, int64 targets": ("13__nv_bfloat16l", None, 44),
 }
+LEAST_SUMS = 8
+
+
+def mangled(dtypes: str, variant: int) -> str:
+    """Pass 1 is kSumAndGrad."""
+    return f"loss_kernelINS_18BinaryCrossEntropyE{dtypes}LNS_4PassE1ELNS_7VariantE{variant}E"
 
 
 def run_cuobjdump(*arguments: str) -> str:
@@ -44,22 +55,27 @@ def functions(listing: str) -> dict[tuple[str, str], str]:
     found = {}
     for per_arch in re.split(r"\n(?=\s*arch = )", listing):
         arch = re.search(r"arch = (\w+)", per_arch)
-        for function in re.split(r"\n\s*Function : ", per_arch)[1:]:
+        for function in re.split(r"\n\s*Function (?:: )?", per_arch)[1:]:
             name, _, body = function.partition("\n")
-            found[arch[1], name.strip()] = body
+            found[arch[1], name.strip(" :")] = body
     return found
 
 
+def instructions_of(body: str) -> list[tuple[str, str]]:
+    """Address and text."""
+    return re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", body)
+
+
 def hot_loop(body: str) -> list[str]:
-    """The instructions of the smallest loop with exponentials and whole-vector loads."""
-    instructions = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", body)
+    """The instructions of the smallest loop with exponentials and whole-vector stores."""
+    instructions = instructions_of(body)
     index = {int(address, 16): i for i, (address, _) in enumerate(instructions)}
     loops = []
     for i, (address, text) in enumerate(instructions):
         target = re.search(r"BRA.*?0x([0-9a-f]+)", text)
         if target and int(target[1], 16) < int(address, 16):
             loops.append([text for _, text in instructions[index[int(target[1], 16)] : i + 1]])
-    working = [loop for loop in loops if count(loop, "MUFU.EX2") and count(loop, r"LDG.*\.128")]
+    working = [loop for loop in loops if count(loop, "MUFU.EX2") and count(loop, r"STG.*\.128")]
     return min(working, key=len, default=[])
 
 
@@ -67,14 +83,28 @@ def count(loop: list[str], pattern: str) -> int:
     return sum(re.search(pattern, text) is not None for text in loop)
 
 
-def problems_of(loop: list[str], most_instructions: int) -> list[str]:
+def sums_under_way(body: str) -> int:
+    """The most loads past the L1 cache, which are those of other blocks' sums, at once."""
+    most = now = 0
+    for _, text in instructions_of(body):
+        if re.search("LDG.*STRONG", text):
+            now += 1
+        elif "DADD" in text:
+            now = 0
+        most = max(most, now)
+    return most
+
+
+def problems_of(body: str, rows: bool, most_instructions: int) -> list[str]:
+    loop = hot_loop(body)
     if not loop:
-        return ["no loop with 128-bit loads"]
+        return ["no loop with 128-bit stores"]
     per_element = len(loop) / count(loop, "MUFU.EX2")
-    narrow = count(loop, r"(LDG|STG)(?!.*\.128)")
+    # Dense operands pass by once: "evict first".
+    narrow = count(loop, rf"(LDG{'.*EF' if rows else ''}|STG)(?!.*\.128)")
     local = count(loop, r"\b(LDL|STL)\b")
     print(
-        f"{per_element:.1f} instructions an element, {count(loop, 'LDG')} loads and "
+        f"{per_element:.1f} instructions an element, {count(loop, 'LDG.*128')} loads and "
         f"{count(loop, 'STG')} stores of 128 bits for {count(loop, 'MUFU.EX2')} elements"
     )
     return [
@@ -82,8 +112,9 @@ def problems_of(loop: list[str], most_instructions: int) -> list[str]:
         for bad, text in (
             (per_element > most_instructions, f"more than {most_instructions} instructions"),
             (narrow, f"{narrow} accesses narrower than 128 bits"),
-            (not count(loop, "STG"), "no store"),
+            (not count(loop, r"LDG.*EF.*\.128"), "no load of dense operands"),
             (local, f"{local} accesses to local memory"),
+            (sums_under_way(body) < LEAST_SUMS, "sums of chunks are loaded one by one"),
         )
         if bad
     ]
@@ -91,17 +122,22 @@ def problems_of(loop: list[str], most_instructions: int) -> list[str]:
 
 def main(path: str) -> int:
     sass = functions(run_cuobjdump("-sass", path))
-    usage = run_cuobjdump("-res-usage", path)
+    usage = functions(run_cuobjdump("-res-usage", path))
     failures = 0
-    for dtypes, (mangled, most_instructions) in KERNELS.items():
-        matches = {key: body for key, body in sass.items() if mangled in key[1]}
+    for (dtypes, (types, plain, others)), (variant, number) in product(
+        KERNELS.items(), VARIANTS.items()
+    ):
+        most_instructions = others if number else plain
+        if most_instructions is None:
+            continue
+        matches = {key: body for key, body in sass.items() if mangled(types, number) in key[1]}
         if not matches:
-            print(f"{dtypes}: no such kernel in {path}")
+            print(f"{dtypes}, {variant}: no such kernel in {path}")
             failures += 1
         for (arch, name), body in matches.items():
-            print(f"{dtypes}, mean, {arch}: ", end="")
-            problems = problems_of(hot_loop(body), most_instructions)
-            registers = re.search(rf"Function {re.escape(name)}:\s*REG:(\d+) STACK:(\d+)", usage)
+            print(f"{dtypes}, mean, {variant}, {arch}: ", end="")
+            problems = problems_of(body, variant == "rows", most_instructions)
+            registers = re.search(r"REG:(\d+) STACK:(\d+)", usage[arch, name])
             print(f"  {registers[1]} registers, {registers[2]} bytes of stack")
             if int(registers[2]):
                 problems.append("registers are spilled")
