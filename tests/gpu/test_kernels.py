@@ -36,7 +36,7 @@ why_not = None if EMULATES_CUDA else why_no_cuda()
 pytestmark = pytest.mark.skipif(why_not is not None, reason=str(why_not))
 
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-by_target_dtype = pytest.mark.parametrize("target_dtype", INTEGERS, ids=dtype_name)
+by_target_dtype = pytest.mark.parametrize("target_dtype", [*INTEGERS, None], ids=str)
 
 
 @pytest.fixture
@@ -102,15 +102,46 @@ def test_sizes_with_weights(n, shapes, dtype):
         check(logits, target, reduction=reduction, **weights)
 
 
+# The same where a weight is read for one element, for a row of n, for a plane of n
+LAYOUTS = {
+    "columns": lambda n: ((6, n), (n,)),
+    "rows": lambda n: ((6, n), (6, 1)),
+    "planes": lambda n: ((2, 3, n, 1), (3, 1, 1)),
+}
+
+
+@by_dtype
+@pytest.mark.parametrize("target_dtype", [None, torch.bool, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    "names", [("weight",), ("pos_weight",), ("weight", "pos_weight")], ids="+".join
+)
+@pytest.mark.parametrize("shapes", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("n", [4, 8, 16, 24, 48, 1000, CHUNK - 16, CHUNK, CHUNK + 16])
+def test_weights_in_vectors(n, shapes, names, target_dtype, dtype):
+    """Their kernels give the bits of the general one, which takes weights with gaps."""
+    shape, weight_shape = shapes(n)
+    logits = torch.randn(shape, device=DEVICE).to(dtype)
+    target = torch.randint(2, shape, device=DEVICE).to(target_dtype or dtype)
+    dense = draw_weights(names, weight_shape, DEVICE)
+    gaps = {name: weight.repeat_interleave(2, 0)[::2] for name, weight in dense.items()}
+    misaligned = at_offset(logits.flatten(), 1).view(shape)
+    for reduction, recompute in itertools.product(("mean", "sum"), (False, True)):
+        options = {"reduction": reduction, "recompute": recompute}
+        expected = evaluate(fused, logits, target, **options, **gaps)
+        assert_same_bits(evaluate(fused, logits, target, **options, **dense), expected)
+        assert_same_bits(evaluate(fused, misaligned, target, **options, **dense), expected)
+        assert_close_to_torch(expected, logits, target, reduction=reduction, **dense)
+
+
 @by_dtype
 @by_reduction
 @by_extras
 @by_target_dtype
-def test_integers_of_any_size_and_alignment(target_dtype, extras, reduction, dtype):
+def test_hard_targets_of_any_size_and_alignment(target_dtype, extras, reduction, dtype):
     # Around a vector, a chunk, several chunks; and from an address that no vector may have.
     for numel in (1, 15, 16, 17, CHUNK - 1, CHUNK, CHUNK + 1, 5 * CHUNK + 3):
         logits = torch.randn(numel + 1, device=DEVICE).to(dtype)
-        target = torch.randint(2, (numel + 1,), device=DEVICE).to(target_dtype)
+        target = torch.randint(2, (numel + 1,), device=DEVICE).to(target_dtype or dtype)
         options = {"reduction": reduction, **extras}
         for x, t in (
             (logits[:-1], target[:-1]),
