@@ -8,18 +8,19 @@ namespace fused_bce {
 // Division of n < 2^31 by a fixed divisor, not 1: a multiplication and a shift (Granlund and
 // Montgomery, 1994).
 struct Divider {
-  uint32_t divisor = 2, magic = 1u << 31, shift = 0;
+  uint32_t minus_divisor = 0u - 2, magic = 1u << 31, shift = 0;
 
   Divider() = default;
-  explicit Divider(uint32_t d) : divisor(d) {
+  explicit Divider(uint32_t d) : minus_divisor(0 - d) {
     while ((uint64_t{2} << shift) < d) ++shift;
     magic = static_cast<uint32_t>(((uint64_t{1} << (32 + shift)) + d - 1) / d);
   }
   __device__ __forceinline__ uint32_t quotient(uint32_t n) const {
     return __umulhi(n, magic) >> shift;
   }
+  // One instruction behind the quotient, which a subtraction would not be
   __device__ __forceinline__ uint32_t remainder(uint32_t n) const {
-    return n - quotient(n) * divisor;
+    return quotient(n) * minus_divisor + n;
   }
 };
 

@@ -29,6 +29,7 @@ enum class Variant {
   kColumns,  // weights: each is one number, or has a vector of floats for a vector of elements
   kRows,     // weights: each is one number, or has one float for a vector of elements
   kGeneral,  // all of it, any layout and dtype of weights, and grad_loss with a number an element
+  // All but the first smooth targets.
 };
 
 // Every number of the loop that is known when it is compiled.
@@ -293,7 +294,7 @@ __device__ __forceinline__ double run_chunk(const Formula& formula, const Argume
         // A padded element must add nothing, whatever its weights are.
         const bool inside = kWhole || at + k < p.numel;
         const bool ignored = S::kExtras && inside && extras.ignores(given[k]);
-        const C t = S::kExtras && inside ? extras.smoothed(given[k]) : given[k];
+        const C t = !S::kPlain && inside ? extras.smoothed(given[k]) : given[k];
         const C positive = S::kWeighs && inside ? weights.positive(k) : C(1);
         auto [loss, grad] =
             formula.template evaluate<!S::kPlain>(Lane<C>(x[k]), Lane<C>(t), Lane<C>(positive));
@@ -357,9 +358,8 @@ __global__ void __launch_bounds__(kThreads, (Shape<L, T, kPass, kVariant>::kBloc
 template <int kVector>
 Variant variant_of(const Arguments& a) {
   const bool weighs = a.problem.weight.data || a.problem.pos_weight.data;
-  const bool extras = has_extras(a.problem);
-  if (a.folded.varies() || (weighs && extras)) return Variant::kGeneral;
-  if (!weighs) return extras ? Variant::kExtras : Variant::kPlain;
+  if (a.folded.varies() || (weighs && a.problem.ignored.any())) return Variant::kGeneral;
+  if (!weighs) return has_extras(a.problem) ? Variant::kExtras : Variant::kPlain;
   const auto both = [&](bool (DeviceBroadcast::*are)(int) const) {
     const auto fits = [&](const DeviceBroadcast& b) {
       return !b.varies() || (b.goes_with(a.varying) && (b.*are)(kVector));
