@@ -1,6 +1,7 @@
 """What a user reads when a build does not fit."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,3 +90,10 @@ def test_clang_is_refused(tmp_path):
     clang.write_text("#!/bin/sh\necho '#define __clang__ 1'\n")
     clang.chmod(0o755)
     assert f"but {clang} is Clang: set CXX=g++" in error_of_setup(CXX=str(clang))
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob(".ci/*")), ids=lambda path: path.name)
+def test_selections_of_tests_are_one_line(script):
+    """pytest takes no other for -k, and some of these scripts run where a failure is dear."""
+    selections = re.findall(r'-k\s+"([^"]*)"', script.read_text())
+    assert not [selection for selection in selections if "\n" in selection]
