@@ -90,7 +90,8 @@ template <int N>
 __device__ __forceinline__ void widen(const Pack<__nv_bfloat16, N>& in, float (&out)[N]) {
 #pragma unroll
   for (int k = 0; k < N; k += 2) {
-    const uint32_t two = reinterpret_cast<const uint32_t*>(&in)[k / 2];
+    uint32_t two;
+    memcpy(&two, in.v + k, sizeof two);
     out[k] = __int_as_float(static_cast<int>(two << 16));
     out[k + 1] = __int_as_float(static_cast<int>(two & 0xffff0000u));
   }
