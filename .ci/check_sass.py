@@ -26,7 +26,7 @@ KERNELS = {
     "float32": ("ff", 33, 44),
     "bfloat16": ("13__nv_bfloat16S2_", 35, 44),
     "float32, bool targets": ("fNS_7BooleanE", 35, 44),
-    "bfloat16, bool targets": ("13__nv_bfloat16NS_7BooleanE", 36, 45),
+    "bfloat16, bool targets": ("13__nv_bfloat16NS_7BooleanE", 36, 44),
     "float32, int64 targets": ("fl", None, 45),
     "bfloat16, int64 targets": ("13__nv_bfloat16l", None, 45),
 }

@@ -267,6 +267,9 @@ __device__ __forceinline__ double run_chunk(const Formula& formula, const Argume
   convert(-std::numeric_limits<C>::infinity(), outside);
   const Extras<C> extras(p);
   Weights<S> weights(a);
+  // Whichever variant it is, gradients have the bits of the formula without a pos_weight where
+  // there are no weights.
+  const bool weighs = S::kGeneral ? a.weight.operand.data || a.pos_weight.operand.data : S::kWeighs;
 
   double sum = 0;
   int64_t i = chunk * kChunk + static_cast<int64_t>(threadIdx.x) * N;
@@ -296,8 +299,9 @@ __device__ __forceinline__ double run_chunk(const Formula& formula, const Argume
         const bool ignored = S::kExtras && inside && extras.ignores(given[k]);
         const C t = !S::kPlain && inside ? extras.smoothed(given[k]) : given[k];
         const C positive = S::kWeighs && inside ? weights.positive(k) : C(1);
-        auto [loss, grad] =
-            formula.template evaluate<!S::kPlain>(Lane<C>(x[k]), Lane<C>(t), Lane<C>(positive));
+        const Lane<C> logit(x[k]), smoothed(t), pos_weight(positive);
+        auto [loss, grad] = weighs ? formula.template evaluate<true>(logit, smoothed, pos_weight)
+                                   : formula.template evaluate<false>(logit, smoothed, pos_weight);
         if (S::kHasFactor && inside) {
           loss.v = product(loss.v, weights.factor(k));
           grad.v = product(grad.v, weights.factor(k));
@@ -381,8 +385,7 @@ auto kernel_of(Variant variant) {
   return kernel;
 }
 
-// Mean and sum in float have all variants. Without weights integers go with kExtras, where results
-// have the general kernel's bits.
+// Mean and sum in float have all variants. Without weights integers go with kExtras.
 template <class Formula, class L, class T, Pass kPass>
 auto choose_kernel(const Arguments& a) {
   using S = Shape<L, T, kPass, Variant::kGeneral>;

@@ -125,12 +125,12 @@ def test_weights_in_vectors(n, shapes, names, target_dtype, dtype):
     dense = draw_weights(names, weight_shape, DEVICE)
     gaps = {name: weight.repeat_interleave(2, 0)[::2] for name, weight in dense.items()}
     misaligned = at_offset(logits.flatten(), 1).view(shape)
-    for reduction, recompute in itertools.product(("mean", "sum"), (False, True)):
-        options = {"reduction": reduction, "recompute": recompute}
+    for recompute, smoothing in itertools.product((False, True), (0.0, 0.1)):
+        options = {"recompute": recompute, "label_smoothing": smoothing}
         expected = evaluate(fused, logits, target, **options, **gaps)
         assert_same_bits(evaluate(fused, logits, target, **options, **dense), expected)
         assert_same_bits(evaluate(fused, misaligned, target, **options, **dense), expected)
-        assert_close_to_torch(expected, logits, target, reduction=reduction, **dense)
+        assert_close_to_torch(expected, logits, target, label_smoothing=smoothing, **dense)
 
 
 @by_dtype

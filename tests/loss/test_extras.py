@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
+    EMULATES_CUDA,
     FLOATS,
     REDUCTIONS,
     assert_double_close,
@@ -81,9 +82,12 @@ def test_integer_targets(target_dtype, dtype, reduction, weights, device):
     options = {"reduction": reduction, **draw_weights(weights, (33,), device)}
     got = check_as_floats(logits, target, **options)
     assert is_fused(fused(logits.requires_grad_(), target, **options))
-    # Bit for bit what the same numbers give in the dtype of the arithmetic, but for its dtype.
+    # Bit for bit what the same numbers give in the dtype of the arithmetic, but for its dtype; on a
+    # GPU a sum depends on how many targets are read at a time.
     wide = evaluate(fused, logits, target.to(torch.promote_types(dtype, torch.float32)), **options)
-    assert torch.equal(got.loss, wide.loss.to(dtype))
+    by_vectors = reduction != "none" and (EMULATES_CUDA or device == "cuda")
+    rtol = 2 * torch.finfo(dtype).eps if by_vectors else 0
+    torch.testing.assert_close(got.loss, wide.loss.to(dtype), rtol=rtol, atol=0)
     assert torch.equal(got.grad_logits, wide.grad_logits)
 
 
