@@ -32,7 +32,7 @@ lint: $(built)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(VENV)/bin/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp')
 
 docs: $(built)  ## the pages and the API reference as a site, build/docs/index.html; warnings are errors
 	$(VENV)/bin/sphinx-build -W --keep-going -q -c docs -d build/doctrees . build/docs

@@ -2,12 +2,12 @@
 // types are those of the real headers. What a GPU does with the words is in emulator.cpp.
 #pragma once
 
-#include <cmath>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <climits>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -43,8 +43,8 @@ void fence();
 void begin_atomic(void* address);
 void end_atomic(void* address);
 
-// The right values, off by up to what PTX allows: how much depends on the operand and the seed, which
-// is 0 for right values.
+// The right values, off by up to what PTX allows: how much depends on the operand and the seed,
+// which is 0 for right values.
 float exp2(float t);
 float reciprocal(float b);
 

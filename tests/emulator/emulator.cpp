@@ -4,8 +4,6 @@
 // end, and by nothing else than barriers, and fences beside atomic operations, as in the memory
 // model of PTX: a fence before an atomic operation releases, one after it acquires. So blocks that
 // run one after the other here race if they could on a GPU.
-#include "cuda.h"
-
 #include <ucontext.h>
 
 #include <algorithm>
@@ -16,6 +14,8 @@
 #include <random>
 #include <thread>
 #include <vector>
+
+#include "cuda.h"
 
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
@@ -211,7 +211,8 @@ EMULATOR_UNSEEN double from_lane(double given, unsigned distance) {
   const unsigned t = here().thread.x;
   fibre->given = given;
   leave(State::kWaitsForWarp);
-  const double got = t % kWarp + distance < kWarp ? block->fibres.data()[t + distance].given : given;
+  const double got =
+      t % kWarp + distance < kWarp ? block->fibres.data()[t + distance].given : given;
   leave(State::kWaitsForWarp);  // nobody gives anything else before all have it
   return got;
 }
@@ -233,9 +234,8 @@ EMULATOR_UNSEEN void end_atomic(void* address) { fibre->last_atomic = address; }
 float exp2(float t) {
   const float right = static_cast<float>(std::exp2(static_cast<double>(t)));
   if (std::fpclassify(right) == FP_SUBNORMAL) return 0;
-  return std::fpclassify(t) == FP_ZERO || std::fpclassify(t) == FP_SUBNORMAL
-             ? 1
-             : off_by(right, 2, t);
+  return std::fpclassify(t) == FP_ZERO || std::fpclassify(t) == FP_SUBNORMAL ? 1
+                                                                             : off_by(right, 2, t);
 }
 
 float reciprocal(float b) { return off_by(1 / b, 1, b); }

@@ -1,6 +1,6 @@
 // Three calls of the kernels for float32, in plain C, for mutants.py.
-#include "../../csrc/problem.h"
 #include "../../csrc/cuda/launch.cuh"
+#include "../../csrc/problem.h"
 
 using namespace fused_bce;
 
