@@ -1,17 +1,13 @@
 // The gradient wiring: what runs in forward, what in backward.
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/core/Reduction.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/log_sigmoid.h>
-#include <ATen/ops/rsub.h>
-#include <ATen/ops/sigmoid.h>
 #include <ATen/ops/where.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
 
-#include "ops.h"
+#include "derivatives.h"
+#include "operators.h"
 
 namespace fused_bce {
 
@@ -22,81 +18,11 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// The operators are called through the dispatcher, where tracers and subclasses see them.
-template <class Signature>
-auto op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-template <class... Arguments>
-Tensor call_loss(const Arguments&... arguments) {
-  static const auto loss = op<LossSignature>(kLossName);
-  return loss.call(arguments...);
-}
-
-// What a backward starts from.
-struct Saved {
-  Tensor logits, target;
-  OptionalTensor weight, pos_weight, label_smoothing, divisor;
-  int64_t reduction;
-  OptionalIndex ignore_index;
-  bool ignore_nan;
-
-  // In the dtype of the arithmetic: half types would lose digits, and a float64 number times a
-  // float32 array is float32.
-  Tensor widened(const Tensor& t) const {
-    return t.to(
-        at_least_float(target.scalar_type() == at::kDouble ? at::kDouble : logits.scalar_type()));
-  }
-
-  // grad_loss * weight, over N for mean
-  Tensor factor(const Tensor& grad_loss) const {
-    Tensor factor = widened(grad_loss);
-    if (reduction == at::Reduction::Mean)
-      factor = divisor ? factor / divisor->masked_fill(*divisor == 0, 1)
-                       : factor / at::Scalar(logits.sym_numel());
-    return weight ? factor * widened(*weight) : factor;
-  }
-
-  bool ignores() const { return ignore_index || ignore_nan; }
-
-  Tensor zero_where_ignored(Tensor t) const {
-    if (ignore_index) t = t.masked_fill(target == *ignore_index, 0);
-    if (ignore_nan) t = t.masked_fill(target.isnan(), 0);
-    return t;
-  }
-
-  // In torch's own operations, none of them in place, hence differentiable, batchable and
-  // traceable. Written so that hard targets cancel nothing: (1 - t) sigmoid(x) - p t sigmoid(-x).
-  // What is ignored is taken out of both as well, for 0 times the derivative at nan is nan.
-  Tensor differentiable_grad_logits(const Tensor& grad_loss) const {
-    const Tensor x = zero_where_ignored(widened(logits));
-    const Tensor given = zero_where_ignored(widened(target));
-    const Tensor t =
-        label_smoothing ? given * at::rsub(*label_smoothing, 1) + *label_smoothing / 2 : given;
-    const Tensor positive = pos_weight ? widened(*pos_weight) * t : t;
-    const Tensor slope = at::rsub(t, 1) * at::sigmoid(x) - positive * at::sigmoid(-x);
-    return zero_where_ignored(slope * factor(grad_loss)).to(logits.scalar_type());
-  }
-
-  // p softplus(-x) - softplus(x), which is -x without pos_weight; times what smoothing leaves of t
-  Tensor grad_target(const Tensor& grad_loss) const {
-    const Tensor x = zero_where_ignored(widened(logits));
-    const Tensor slope =
-        pos_weight ? at::log_sigmoid(-x) - widened(*pos_weight) * at::log_sigmoid(x) : -x;
-    Tensor grad = slope * factor(grad_loss);
-    if (label_smoothing) grad = grad * at::rsub(*label_smoothing, 1);
-    return zero_where_ignored(grad).to(target.scalar_type());
-  }
-};
-
 // What is not ignored is counted once, for forward and backward.
-OptionalTensor divisor_for(const Tensor& target, int64_t reduction, OptionalIndex ignore_index,
-                           bool ignore_nan, const OptionalTensor& given) {
-  const bool counts = (ignore_index || ignore_nan) && reduction == at::Reduction::Mean;
-  if (given || !counts) return given;
-  static const auto count_kept = op<CountSignature>("fused_bce::count_kept");
-  return count_kept.call(target, ignore_index, ignore_nan);
+OptionalTensor divisor_of(const Operands& o) {
+  if (o.divisor || !o.ignores() || o.reduction != at::Reduction::Mean) return o.divisor;
+  static const auto count = find_operator<decltype(count_kept)>("count_kept");
+  return count.call(o.target, o.ignore_index, o.ignore_nan);
 }
 
 bool has_tangent(const Tensor& t) { return t.defined() && t._fw_grad(/*level=*/0).defined(); }
@@ -122,7 +48,7 @@ Tensor scaled(Tensor stored, const Tensor& grad_loss, bool zero_stays) {
     return shared || zero_stays ? scaled_by_torch(stored, grad_loss, zero_stays)
                                 : stored.mul_(factor_for(stored, grad_loss));
   if (shared) stored = stored.clone();
-  static const auto scale = op<ScaleSignature>("fused_bce::scale_");
+  static const auto scale = find_operator<decltype(scale_)>("scale_");
   scale.call(stored, grad_loss, zero_stays);
   return stored;
 }
@@ -137,28 +63,24 @@ bool stores_grad(const Tensor& logits, bool recompute) {
 
 constexpr const char* kGradLogits = "grad_logits";
 
-struct BCEWithLogitsFunction : torch::autograd::Function<BCEWithLogitsFunction> {
+// The autograd function of the loss with these operators
+template <class Function, class Operators>
+struct LossFunction : torch::autograd::Function<Function> {
   static Tensor forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target,
-                        const OptionalTensor& weight, const OptionalTensor& pos_weight,
-                        int64_t reduction, OptionalDtype dtype,
-                        const OptionalTensor& label_smoothing, OptionalIndex ignore_index,
-                        bool ignore_nan, OptionalTensor divisor, bool recompute) {
+                        const Operands& given) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    divisor = divisor_for(target, reduction, ignore_index, ignore_nan, divisor);
+    Operands o = given;
+    o.divisor = divisor_of(given);
     // Unpacked in every backward, so that in-place edits are noticed.
-    ctx->save_for_backward({logits, target, weight.value_or(Tensor()),
-                            pos_weight.value_or(Tensor()), label_smoothing.value_or(Tensor()),
-                            divisor.value_or(Tensor())});
-    ctx->saved_data["reduction"] = reduction;
-    ctx->saved_data["ignore_index"] = ignore_index;
-    ctx->saved_data["ignore_nan"] = ignore_nan;
-    if (!stores_grad(logits, recompute))
-      return call_loss(logits, target, weight, pos_weight, reduction, dtype, label_smoothing,
-                       ignore_index, ignore_nan, divisor, recompute);
+    ctx->save_for_backward({logits, target, o.weight.value_or(Tensor()),
+                            o.pos_weight.value_or(Tensor()), o.label_smoothing.value_or(Tensor()),
+                            o.divisor.value_or(Tensor())});
+    ctx->saved_data["reduction"] = o.reduction;
+    ctx->saved_data["ignore_index"] = o.ignore_index;
+    ctx->saved_data["ignore_nan"] = o.ignore_nan;
+    if (!stores_grad(logits, o.recompute)) return Operators::call_loss(o);
 
-    static const auto with_grad = op<LossAndGradSignature>("fused_bce::forward_with_grad");
-    auto [loss, grad_logits] = with_grad.call(logits, target, weight, pos_weight, reduction, dtype,
-                                              label_smoothing, ignore_index, ignore_nan, divisor);
+    auto [loss, grad_logits] = Operators::call_loss_and_grad(o);
     ctx->saved_data[kGradLogits] = std::move(grad_logits);
     return loss;
   }
@@ -166,21 +88,9 @@ struct BCEWithLogitsFunction : torch::autograd::Function<BCEWithLogitsFunction> 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_losses) {
     const Tensor& grad_loss = grad_losses[0];
     const variable_list saved_tensors = ctx->get_saved_variables();
-    const auto optional = [&](size_t i) {
-      const Tensor& t = saved_tensors[i];
-      return t.defined() ? OptionalTensor(t) : std::nullopt;
-    };
-    const Saved saved{saved_tensors[0],
-                      saved_tensors[1],
-                      optional(2),
-                      optional(3),
-                      optional(4),
-                      optional(5),
-                      ctx->saved_data["reduction"].toInt(),
-                      ctx->saved_data["ignore_index"].toOptional<int64_t>(),
-                      ctx->saved_data["ignore_nan"].toBool()};
-    variable_list grads(11);
-    if (ctx->needs_input_grad(1)) grads[1] = saved.grad_target(grad_loss);
+    const Operands o = saved(*ctx, saved_tensors);
+    variable_list grads(3);
+    if (ctx->needs_input_grad(1)) grads[1] = grad_of_target(grad_loss, o);
     if (!ctx->needs_input_grad(0)) return grads;
 
     // Taken out: a second backward must not find it scaled, and who gets it now is its only owner
@@ -193,61 +103,68 @@ struct BCEWithLogitsFunction : torch::autograd::Function<BCEWithLogitsFunction> 
     }
     if (at::GradMode::is_enabled() || is_transformed(grad_loss) ||
         std::any_of(saved_tensors.begin(), saved_tensors.end(), has_tangent)) {
-      grads[0] = saved.differentiable_grad_logits(grad_loss);
+      grads[0] = grad_of_logits(grad_loss, o);
     } else if (stored.defined()) {
-      grads[0] = scaled(std::move(stored), grad_loss, saved.ignores());
+      grads[0] = scaled(std::move(stored), grad_loss, o.ignores());
     } else {
-      static const auto recompute = op<GradSignature>("fused_bce::backward");
-      grads[0] = recompute.call(grad_loss, saved.logits, saved.target, saved.weight,
-                                saved.pos_weight, saved.reduction, saved.label_smoothing,
-                                saved.ignore_index, saved.ignore_nan, saved.divisor);
+      grads[0] = Operators::call_backward(grad_loss, o);
     }
     return grads;
   }
+
+  static Operands saved(AutogradContext& ctx, const variable_list& tensors) {
+    const auto optional = [&](size_t i) {
+      const Tensor& t = tensors[i];
+      return t.defined() ? OptionalTensor(t) : std::nullopt;
+    };
+    return {.formula = Operators::kFormula,
+            .logits = tensors[0],
+            .target = tensors[1],
+            .weight = optional(2),
+            .pos_weight = optional(3),
+            .reduction = ctx.saved_data["reduction"].toInt(),
+            .label_smoothing = optional(4),
+            .ignore_index = ctx.saved_data["ignore_index"].toOptional<int64_t>(),
+            .ignore_nan = ctx.saved_data["ignore_nan"].toBool(),
+            .divisor = optional(5)};
+  }
 };
 
-void check_not_differentiated(const char* name, const OptionalTensor& t) {
-  TORCH_CHECK(!t || !t->requires_grad(),
-              "The function 'binary_cross_entropy_with_logits' is not differentiable with respect "
-              "to argument '",
-              name, "'. This input cannot have requires_grad True.");
+// Types of their own, for their names are those of the nodes in a graph.
+struct BCEWithLogitsFunction : LossFunction<BCEWithLogitsFunction, BinaryCrossEntropyOperators> {};
+
+void check_not_differentiated(const char* function, const char* name, const OptionalTensor& t) {
+  TORCH_CHECK(!t || !t->requires_grad(), "The function '", function,
+              "' is not differentiable with respect to argument '", name,
+              "'. This input cannot have requires_grad True.");
+}
+
+template <class Function, class Operators>
+Tensor differentiable(const Operands& o) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !has_tangent(o.logits) && !has_tangent(o.target),
+      "fused_bce has no forward-mode derivative; fused_bce.functional leaves it to torch");
+  if (at::GradMode::is_enabled()) {
+    check_not_differentiated(Operators::kLoss, "weight", o.weight);
+    check_not_differentiated(Operators::kLoss, "pos_weight", o.pos_weight);
+    check_not_differentiated(Operators::kLoss, "label_smoothing", o.label_smoothing);
+    if (o.logits.requires_grad() || o.target.requires_grad())
+      return Function::apply(o.logits, o.target, o);
+  }
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return Operators::call_loss(o);
 }
 
 }  // namespace
 
-Tensor autograd(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                const OptionalTensor& pos_weight, int64_t reduction, OptionalDtype dtype,
-                const OptionalTensor& label_smoothing, OptionalIndex ignore_index, bool ignore_nan,
-                const OptionalTensor& divisor, bool recompute) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      !has_tangent(logits) && !has_tangent(target),
-      "fused_bce has no forward-mode derivative; fused_bce.functional leaves it to torch");
-  if (at::GradMode::is_enabled()) {
-    check_not_differentiated("weight", weight);
-    check_not_differentiated("pos_weight", pos_weight);
-    check_not_differentiated("label_smoothing", label_smoothing);
-    if (logits.requires_grad() || target.requires_grad())
-      return BCEWithLogitsFunction::apply(logits, target, weight, pos_weight, reduction, dtype,
-                                          label_smoothing, ignore_index, ignore_nan, divisor,
-                                          recompute);
-  }
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return call_loss(logits, target, weight, pos_weight, reduction, dtype, label_smoothing,
-                   ignore_index, ignore_nan, divisor, recompute);
+Tensor autograd(const Operands& operands) {
+  return differentiable<BCEWithLogitsFunction, BinaryCrossEntropyOperators>(operands);
 }
 
-Tensor differentiable_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
-                               const OptionalTensor& weight, const OptionalTensor& pos_weight,
-                               int64_t reduction, const OptionalTensor& label_smoothing,
-                               OptionalIndex ignore_index, bool ignore_nan,
-                               const OptionalTensor& divisor) {
-  const Saved saved{
-      logits,          target,
-      weight,          pos_weight,
-      label_smoothing, divisor_for(target, reduction, ignore_index, ignore_nan, divisor),
-      reduction,       ignore_index,
-      ignore_nan};
-  return saved.differentiable_grad_logits(grad_loss);
+Tensor differentiable_backward(const Tensor& grad_loss, const Operands& given) {
+  Operands o = given;
+  o.divisor = divisor_of(given);
+  return grad_of_logits(grad_loss, o);
 }
 
 Tensor scaled_by_torch(const Tensor& stored, const Tensor& grad_loss, bool zero_stays) {

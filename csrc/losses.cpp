@@ -25,16 +25,16 @@ void check_broadcasts_into(const Tensor& logits, const at::DimVector& broadcast)
 }
 
 // In the order of torch's function, which names the sizes in its own order, too.
-void check_operands(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                    const OptionalTensor& pos_weight) {
+void check_operands(const Operands& o) {
+  const Tensor &logits = o.logits, &target = o.target;
   TORCH_CHECK_VALUE(target.sizes() == logits.sizes(), "Target size (", target.sizes(),
                     ") must be the same as input size (", logits.sizes(), ")");
   TORCH_CHECK(target.device() == logits.device(), "logits are on ", logits.device(),
               " but target is on ", target.device());
-  if (pos_weight)
-    check_broadcasts_into(logits, at::infer_size_dimvector(pos_weight->sizes(), logits.sizes()));
-  if (weight)
-    check_broadcasts_into(logits, at::infer_size_dimvector(logits.sizes(), weight->sizes()));
+  if (o.pos_weight)
+    check_broadcasts_into(logits, at::infer_size_dimvector(o.pos_weight->sizes(), logits.sizes()));
+  if (o.weight)
+    check_broadcasts_into(logits, at::infer_size_dimvector(logits.sizes(), o.weight->sizes()));
 }
 
 // Compared in float32, which holds all integers up to there.
@@ -50,27 +50,18 @@ Ignored ignored_of(OptionalIndex ignore_index, bool ignore_nan) {
   return ignored;
 }
 
-// What a call may have beyond torch's own.
-struct Extras {
-  const OptionalTensor& label_smoothing;
-  OptionalIndex ignore_index;
-  bool ignore_nan;
-  const OptionalTensor& divisor;
-};
-
 // A call with everything that its pointers refer to.
 struct Call {
   c10::DeviceGuard device;
   Tensor anchor, logits, target, weight, pos_weight, grad_loss, label_smoothing, divisor;
   Problem problem;
 
-  Call(const Tensor& anchor_, const Tensor& logits_, const Tensor& target_,
-       const OptionalTensor& weight_, const OptionalTensor& pos_weight_, int64_t reduction,
-       const Extras& extras)
-      : device(anchor_.device()), anchor(anchor_of(anchor_)), logits(logits_), target(target_) {
-    TORCH_CHECK_VALUE(reduction >= 0 && reduction < at::Reduction::END, reduction,
+  Call(const Tensor& anchor_, const Operands& o)
+      : device(anchor_.device()), anchor(anchor_of(anchor_)), logits(o.logits), target(o.target) {
+    TORCH_CHECK_VALUE(o.reduction >= 0 && o.reduction < at::Reduction::END, o.reduction,
                       " is not a valid value for reduction");
-    problem.reduction = static_cast<Reduction>(reduction);
+    problem.formula = o.formula;
+    problem.reduction = static_cast<Reduction>(o.reduction);
     problem.numel = anchor.numel();
     problem.logits.dtype = dtype_of("logits", logits.scalar_type());
     problem.target.dtype = target_dtype_of(target.scalar_type());
@@ -84,26 +75,26 @@ struct Call {
     target = along_walk(target, anchor);
     problem.logits.data = logits.const_data_ptr();
     problem.target.data = target.const_data_ptr();
-    if (weight_) {
-      weight = *weight_;
+    if (o.weight) {
+      weight = *o.weight;
       problem.weight = broadcast_along("weight", weight, anchor, in_double);
     }
-    if (pos_weight_) {
-      pos_weight = *pos_weight_;
+    if (o.pos_weight) {
+      pos_weight = *o.pos_weight;
       problem.pos_weight = broadcast_along("pos_weight", pos_weight, anchor, in_double);
     }
-    set_extras(extras);
+    set_extras(o);
   }
 
-  void set_extras(const Extras& extras) {
-    problem.ignored = ignored_of(extras.ignore_index, extras.ignore_nan);
-    if (extras.label_smoothing) set_label_smoothing(*extras.label_smoothing);
+  void set_extras(const Operands& o) {
+    problem.ignored = ignored_of(o.ignore_index, o.ignore_nan);
+    if (o.label_smoothing) set_label_smoothing(*o.label_smoothing);
     if (problem.reduction != Reduction::kMean) return;
     problem.divisor = static_cast<double>(problem.numel);
-    if (extras.divisor)
-      set_divisor(*extras.divisor);
+    if (o.divisor)
+      set_divisor(*o.divisor);
     else if (problem.ignored.any())
-      set_divisor(count_kept(target, extras.ignore_index, extras.ignore_nan));
+      set_divisor(count_kept(target, o.ignore_index, o.ignore_nan));
   }
 
   void set_label_smoothing(const Tensor& given) {
@@ -172,17 +163,14 @@ struct Call {
   }
 };
 
-std::tuple<Tensor, Tensor> run_forward(const Tensor& logits, const Tensor& target,
-                                       const OptionalTensor& weight,
-                                       const OptionalTensor& pos_weight, int64_t reduction,
-                                       OptionalDtype dtype, const Extras& extras, bool with_grad) {
-  check_operands(logits, target, weight, pos_weight);
-  const Tensor& anchor = reduction == at::Reduction::None ? target : logits;
-  Call call(anchor, logits, target, weight, pos_weight, reduction, extras);
-  Tensor loss = call.new_loss(dtype.value_or(dtype_of_loss(logits, target)));
+std::tuple<Tensor, Tensor> run_forward(const Operands& o, bool with_grad) {
+  check_operands(o);
+  const Tensor& anchor = o.reduction == at::Reduction::None ? o.target : o.logits;
+  Call call(anchor, o);
+  Tensor loss = call.new_loss(dtype_of_loss(o));
   const Tensor grad_logits = with_grad ? call.new_grad_logits() : Tensor();
   call.launch();
-  return {std::move(loss), with_grad ? Call::finished(grad_logits, logits) : Tensor()};
+  return {std::move(loss), with_grad ? Call::finished(grad_logits, o.logits) : Tensor()};
 }
 
 }  // namespace
@@ -204,24 +192,12 @@ Tensor count_kept(const Tensor& target, OptionalIndex ignore_index, bool ignore_
   return count;
 }
 
-Tensor forward(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-               const OptionalTensor& pos_weight, int64_t reduction, OptionalDtype dtype,
-               const OptionalTensor& label_smoothing, OptionalIndex ignore_index, bool ignore_nan,
-               const OptionalTensor& divisor, bool /*recompute*/) {
-  return std::get<0>(run_forward(logits, target, weight, pos_weight, reduction, dtype,
-                                 {label_smoothing, ignore_index, ignore_nan, divisor},
-                                 /*with_grad=*/false));
+Tensor forward(const Operands& operands) {
+  return std::get<0>(run_forward(operands, /*with_grad=*/false));
 }
 
-std::tuple<Tensor, Tensor> forward_with_grad(const Tensor& logits, const Tensor& target,
-                                             const OptionalTensor& weight,
-                                             const OptionalTensor& pos_weight, int64_t reduction,
-                                             OptionalDtype dtype,
-                                             const OptionalTensor& label_smoothing,
-                                             OptionalIndex ignore_index, bool ignore_nan,
-                                             const OptionalTensor& divisor) {
-  return run_forward(logits, target, weight, pos_weight, reduction, dtype,
-                     {label_smoothing, ignore_index, ignore_nan, divisor}, /*with_grad=*/true);
+std::tuple<Tensor, Tensor> forward_with_grad(const Operands& operands) {
+  return run_forward(operands, /*with_grad=*/true);
 }
 
 void scale_(Tensor& grad_logits, const Tensor& grad_loss, bool zero_stays) {
@@ -246,16 +222,13 @@ void scale_(Tensor& grad_logits, const Tensor& grad_loss, bool zero_stays) {
   scale_cpu(scaling, grad_logits.numel());
 }
 
-Tensor backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
-                const OptionalTensor& weight, const OptionalTensor& pos_weight, int64_t reduction,
-                const OptionalTensor& label_smoothing, OptionalIndex ignore_index, bool ignore_nan,
-                const OptionalTensor& divisor) {
-  check_operands(logits, target, weight, pos_weight);
-  const bool none = reduction == at::Reduction::None;
+Tensor backward(const Tensor& grad_loss, const Operands& o) {
+  check_operands(o);
+  const Tensor& logits = o.logits;
+  const bool none = o.reduction == at::Reduction::None;
   TORCH_CHECK(none ? grad_loss.sizes() == logits.sizes() : grad_loss.numel() == 1,
               "grad_loss has shape ", grad_loss.sizes(), ", which is not that of the loss");
-  Call call(logits, logits, target, weight, pos_weight, reduction,
-            {label_smoothing, ignore_index, ignore_nan, divisor});
+  Call call(logits, o);
   // Where logits were widened their gradient is rounded to their dtype first, as one is that was
   // stored in forward.
   const bool widened = call.logits.scalar_type() != logits.scalar_type();

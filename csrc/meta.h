@@ -2,7 +2,6 @@
 // none, in a trace for example.
 #pragma once
 
-#include <ATen/core/Reduction.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
@@ -10,37 +9,25 @@
 
 namespace fused_bce::meta {
 
-inline at::Tensor loss_of(const at::Tensor& logits, const at::Tensor& target,
-                          const OptionalTensor& weight, const OptionalTensor& pos_weight,
-                          int64_t reduction, OptionalDtype dtype) {
-  TORCH_CHECK_VALUE(target.sym_sizes() == logits.sym_sizes(), "Target size (", target.sym_sizes(),
-                    ") must be the same as input size (", logits.sym_sizes(), ")");
+inline at::Tensor forward(const Operands& o) {
+  TORCH_CHECK_VALUE(o.target.sym_sizes() == o.logits.sym_sizes(), "Target size (",
+                    o.target.sym_sizes(), ") must be the same as input size (",
+                    o.logits.sym_sizes(), ")");
   // Raises where a weight does not broadcast into the logits.
-  if (pos_weight) pos_weight->expand_symint(logits.sym_sizes());
-  if (weight) weight->expand_symint(logits.sym_sizes());
-  const at::ScalarType type = dtype.value_or(dtype_of_loss(logits, target));
-  if (reduction == at::Reduction::None) return at::empty_like(target, target.options().dtype(type));
-  return at::empty({}, logits.options().dtype(type));
+  if (o.pos_weight) o.pos_weight->expand_symint(o.logits.sym_sizes());
+  if (o.weight) o.weight->expand_symint(o.logits.sym_sizes());
+  const at::ScalarType type = dtype_of_loss(o);
+  if (o.reduction == at::Reduction::None)
+    return at::empty_like(o.target, o.target.options().dtype(type));
+  return at::empty({}, o.logits.options().dtype(type));
 }
 
-// Parameters that decide nothing here are left to the pack.
-template <class... Rest>
-at::Tensor forward(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-                   const OptionalTensor& pos_weight, int64_t reduction, OptionalDtype dtype,
-                   Rest...) {
-  return loss_of(logits, target, weight, pos_weight, reduction, dtype);
+inline std::tuple<at::Tensor, at::Tensor> forward_with_grad(const Operands& o) {
+  return {meta::forward(o), at::empty_like(o.logits)};
 }
 
-template <class... Rest>
-std::tuple<at::Tensor, at::Tensor> forward_with_grad(
-    const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-    const OptionalTensor& pos_weight, int64_t reduction, OptionalDtype dtype, Rest...) {
-  return {loss_of(logits, target, weight, pos_weight, reduction, dtype), at::empty_like(logits)};
-}
-
-template <class... Rest>
-at::Tensor backward(const at::Tensor&, const at::Tensor& logits, Rest...) {
-  return at::empty_like(logits);
+inline at::Tensor backward(const at::Tensor&, const Operands& o) {
+  return at::empty_like(o.logits);
 }
 
 inline at::Tensor count_kept(const at::Tensor& target, OptionalIndex, bool) {

@@ -1,11 +1,15 @@
-// The operators fused_bce::* and what they are made of. schemas.cpp has their names and schemas.
+// The operators fused_bce::* and what they are made of. operators.h has their argument lists,
+// schemas.cpp their names and schemas.
 #pragma once
 
+#include <ATen/core/Reduction.h>
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <optional>
 #include <tuple>
+
+#include "problem.h"
 
 namespace fused_bce {
 
@@ -13,42 +17,42 @@ using OptionalTensor = std::optional<at::Tensor>;
 using OptionalDtype = std::optional<at::ScalarType>;
 using OptionalIndex = std::optional<int64_t>;
 
-constexpr const char* kLossName = "fused_bce::binary_cross_entropy_with_logits";
+// What a loss is called with.
+struct Operands {
+  FormulaId formula = FormulaId::kBinaryCrossEntropy;
+  at::Tensor logits, target;
+  OptionalTensor weight;
+  OptionalTensor pos_weight;  // of binary cross entropy
+  int64_t reduction = at::Reduction::Mean;
+  // Of the loss: see dtype_of_loss.
+  OptionalDtype dtype;
+  // A number, in a tensor because a float would become a constant of a compiled graph.
+  OptionalTensor label_smoothing;
+  OptionalIndex ignore_index;
+  bool ignore_nan = false;
+  // Of mean: the number of targets that are not ignored if absent.
+  OptionalTensor divisor;
+  // For autograd: whether the gradient waits for backward.
+  bool recompute = false;
 
-// logits, target, weight, pos_weight, reduction, dtype of the loss, label_smoothing, ignore_index,
-// ignore_nan, divisor, recompute. The dtype is that of the target if absent, or of the logits if
-// the target is of integers. label_smoothing is a number, in a tensor because a float would become
-// a constant of a compiled graph. The divisor of mean is the number of targets that are not ignored
-// if absent. recompute is for autograd: whether the gradient waits for backward.
-using LossSignature = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
-                                 const OptionalTensor&, int64_t, OptionalDtype,
-                                 const OptionalTensor&, OptionalIndex, bool, const OptionalTensor&,
-                                 bool);
-// The same but for recompute; returns the loss and the gradient of the logits for grad_loss = 1.
-using LossAndGradSignature = std::tuple<at::Tensor, at::Tensor>(
-    const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t,
-    OptionalDtype, const OptionalTensor&, OptionalIndex, bool, const OptionalTensor&);
-// grad_loss, then the same but for the dtype; returns the gradient of the logits.
-using GradSignature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                 const OptionalTensor&, const OptionalTensor&, int64_t,
-                                 const OptionalTensor&, OptionalIndex, bool, const OptionalTensor&);
-// target, ignore_index, ignore_nan; returns how many targets are not ignored, a float64 number.
-using CountSignature = at::Tensor(const at::Tensor&, OptionalIndex, bool);
+  bool ignores() const { return ignore_index || ignore_nan; }
+};
+
+// losses.cpp: on dense operands of the CPU and, with CUDA, of a GPU. The loss; with it the gradient
+// of the logits for grad_loss = 1; and that gradient alone, for any grad_loss.
+at::Tensor forward(const Operands& operands);
+std::tuple<at::Tensor, at::Tensor> forward_with_grad(const Operands& operands);
+at::Tensor backward(const at::Tensor& grad_loss, const Operands& operands);
+// How many targets are not ignored, a float64 number.
+at::Tensor count_kept(const at::Tensor& target, OptionalIndex ignore_index, bool ignore_nan);
 // grad_logits *= grad_loss, one number or one for each element; whether a 0 stays 0 whatever that
 // is.
-using ScaleSignature = void(at::Tensor&, const at::Tensor&, bool);
-
-// losses.cpp: on dense operands of the CPU and, with CUDA, of a GPU.
-LossSignature forward;
-LossAndGradSignature forward_with_grad;
-GradSignature backward;
-CountSignature count_kept;
-ScaleSignature scale_;
+void scale_(at::Tensor& grad_logits, const at::Tensor& grad_loss, bool zero_stays);
 
 // autograd.cpp
-LossSignature autograd;
+at::Tensor autograd(const Operands& operands);
 // What backward is in torch's operations, hence differentiable.
-GradSignature differentiable_backward;
+at::Tensor differentiable_backward(const at::Tensor& grad_loss, const Operands& operands);
 // stored * grad_loss, rounded as by scale_, in torch's operations.
 at::Tensor scaled_by_torch(const at::Tensor& stored, const at::Tensor& grad_loss, bool zero_stays);
 
@@ -56,9 +60,10 @@ inline bool is_integer(at::ScalarType type) {
   return at::isIntegralType(type, /*includeBool=*/true);
 }
 
-// That of the loss, if nobody asks for another.
-inline at::ScalarType dtype_of_loss(const at::Tensor& logits, const at::Tensor& target) {
-  return is_integer(target.scalar_type()) ? logits.scalar_type() : target.scalar_type();
+// That of the target, if nobody asks for another; integers have no say.
+inline at::ScalarType dtype_of_loss(const Operands& o) {
+  if (o.dtype) return *o.dtype;
+  return is_integer(o.target.scalar_type()) ? o.logits.scalar_type() : o.target.scalar_type();
 }
 
 inline at::ScalarType at_least_float(at::ScalarType type) {

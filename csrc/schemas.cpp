@@ -3,7 +3,7 @@
 
 #include "autocast.h"
 #include "meta.h"
-#include "ops.h"
+#include "operators.h"
 
 namespace fused_bce {
 namespace {
@@ -21,6 +21,29 @@ torch::Library& library(torch::Library::Kind kind, std::optional<c10::DispatchKe
 }
 
 torch::Library& implementations(c10::DispatchKey key) { return library(torch::Library::IMPL, key); }
+
+// What runs for the operators of one loss.
+template <class Loss>
+void implement() {
+  for (const auto key : kBackends) {
+    torch::Library& backend = implementations(key);
+    backend.impl(Loss::kLoss, &Loss::template loss<forward>);
+    backend.impl(Loss::kLossAndGrad, &Loss::template loss_and_grad<forward_with_grad>);
+    backend.impl(Loss::kBackward, &Loss::template grad<backward>);
+  }
+  torch::Library& meta = implementations(c10::DispatchKey::Meta);
+  meta.impl(Loss::kLoss, &Loss::template loss<meta::forward>);
+  meta.impl(Loss::kLossAndGrad, &Loss::template loss_and_grad<meta::forward_with_grad>);
+  meta.impl(Loss::kBackward, &Loss::template grad<meta::backward>);
+
+  implementations(c10::DispatchKey::Autograd).impl(Loss::kLoss, &Loss::template loss<autograd>);
+  implementations(c10::DispatchKey::AutocastCPU)
+      .impl(Loss::kLoss, &Loss::template loss<autocast<Loss, c10::kCPU>>);
+  implementations(c10::DispatchKey::AutocastCUDA)
+      .impl(Loss::kLoss, &Loss::template loss<autocast<Loss, c10::kCUDA>>);
+  implementations(c10::DispatchKey::CompositeImplicitAutograd)
+      .impl(Loss::kDifferentiableBackward, &Loss::template grad<differentiable_backward>);
+}
 
 }  // namespace
 
@@ -47,29 +70,15 @@ void register_ops() {
   definitions.def("count_kept(Tensor target, int? ignore_index, bool ignore_nan=False) -> Tensor");
   definitions.def("scale_(Tensor(a!) grad_logits, Tensor grad_loss, bool zero_stays=False) -> ()");
 
+  implement<BinaryCrossEntropyOperators>();
   for (const auto key : kBackends) {
     torch::Library& backend = implementations(key);
-    backend.impl("binary_cross_entropy_with_logits", &forward);
-    backend.impl("forward_with_grad", &forward_with_grad);
-    backend.impl("backward", &backward);
     backend.impl("count_kept", &count_kept);
     backend.impl("scale_", &scale_);
   }
   torch::Library& meta = implementations(c10::DispatchKey::Meta);
-  meta.impl("binary_cross_entropy_with_logits", static_cast<LossSignature*>(meta::forward));
-  meta.impl("forward_with_grad", static_cast<LossAndGradSignature*>(meta::forward_with_grad));
-  meta.impl("backward", static_cast<GradSignature*>(meta::backward));
   meta.impl("count_kept", &meta::count_kept);
   meta.impl("scale_", &meta::scale_);
-
-  constexpr const char* kLoss = "binary_cross_entropy_with_logits";
-  implementations(c10::DispatchKey::Autograd).impl(kLoss, &autograd);
-  implementations(c10::DispatchKey::AutocastCPU)
-      .impl(kLoss, static_cast<LossSignature*>(autocast<c10::kCPU>));
-  implementations(c10::DispatchKey::AutocastCUDA)
-      .impl(kLoss, static_cast<LossSignature*>(autocast<c10::kCUDA>));
-  implementations(c10::DispatchKey::CompositeImplicitAutograd)
-      .impl("differentiable_backward", &differentiable_backward);
 }
 
 }  // namespace fused_bce

@@ -14,14 +14,10 @@ from fused_bce.checks import (
     check_targets,
     is_invalid,
 )
-from fused_bce.dispatch import are_shards, has_integers, log_once, why_not_fused
-from fused_bce.registrations import whole
-from fused_bce.scalars import may_differ_from_zero, scalar_operand
+from fused_bce.dispatch import has_integers, log_once, why_not_fused
+from fused_bce.scalars import divisor_operand, index_or_nan, may_differ_from_zero, scalar_operand
 
-_MEAN = _reduction.get_enum("mean")
-_UNSHARDED = (Tensor, torch.nn.Parameter)
-_ops = torch.ops.fused_bce
-_loss = _ops.binary_cross_entropy_with_logits.default
+_loss = torch.ops.fused_bce.binary_cross_entropy_with_logits.default
 
 __all__ = ["binary_cross_entropy_with_logits"]
 
@@ -119,7 +115,7 @@ def binary_cross_entropy_with_logits(
         if legacy:
             reduction = _reduction.legacy_get_string(size_average, reduce)
         reduction_enum = _reduction.get_enum(reduction)
-        divisor = _divisor(input, target, weight, pos_weight, reduction_enum, ignore_index)
+        divisor = divisor_operand(input, target, weight, pos_weight, reduction_enum, ignore_index)
         if not smooths and ignore_index is None and divisor is None and not recompute:
             # What a call leaves out need not be parsed.
             return _loss(input, target, weight, pos_weight, reduction_enum)
@@ -131,7 +127,7 @@ def binary_cross_entropy_with_logits(
             reduction_enum,
             None,
             scalar_operand(label_smoothing, input) if smooths else None,
-            *_index_or_nan(ignore_index),
+            *index_or_nan(ignore_index),
             divisor,
             recompute,
         )
@@ -172,24 +168,6 @@ def _scripted(
 
 
 binary_cross_entropy_with_logits.__prepare_scriptable__ = lambda: _scripted  # type: ignore[attr-defined]
-
-
-def _index_or_nan(ignore_index):
-    """As the operators take it: an integer or None, and whether it is nan."""
-    return (None, True) if isinstance(ignore_index, float) else (ignore_index, False)
-
-
-def _divisor(input, target, weight, pos_weight, reduction_enum, ignore_index):
-    """What mean divides by where that is not the number of elements at hand, as for a shard."""
-    if type(input) in _UNSHARDED and type(target) in _UNSHARDED and weight is pos_weight is None:
-        return None
-    if reduction_enum != _MEAN or not are_shards(input, target, weight, pos_weight):
-        return None
-    if input.numel() == 0:
-        return None
-    if ignore_index is None:
-        return torch.full((), input.numel(), dtype=torch.float64, device=input.device)
-    return whole(_ops.count_kept(target.detach(), *_index_or_nan(ignore_index)))
 
 
 def _torch(input, target, weight, size_average, reduce, reduction, pos_weight):

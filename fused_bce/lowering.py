@@ -56,13 +56,40 @@ def _loss(
     divisor=None,
     recompute=False,
 ):
+    def losses_of(logits, target, ignored):
+        return loss_of_kept(logits, target, ignored, weight, pos_weight)
+
+    return _reduced(
+        losses_of,
+        logits,
+        target,
+        reduction,
+        dtype or with_floats(target, logits).dtype,
+        label_smoothing,
+        ignore_index,
+        ignore_nan,
+        divisor,
+    )
+
+
+def _reduced(
+    losses_of,
+    logits,
+    target,
+    reduction,
+    dtype,
+    label_smoothing,
+    ignore_index,
+    ignore_nan,
+    divisor,
+):
+    """What is the same for every loss around the losses of its elements."""
     ignored = _ignored(target, ignore_index, ignore_nan)
     target = with_floats(target, logits)
-    dtype = dtype or target.dtype
     logits, target = (t.to(torch.promote_types(t.dtype, dtype)) for t in (logits, target))
     if label_smoothing is not None:
         target = (target * (1 - label_smoothing) + label_smoothing / 2).to(target.dtype)
-    losses = loss_of_kept(logits, target, ignored, weight, pos_weight)
+    losses = losses_of(logits, target, ignored)
     if _REDUCTIONS[reduction] == "none":
         return losses.to(dtype)
     total = sum_of(losses)
@@ -74,10 +101,13 @@ def _loss(
 
 @_lowers(ops.backward.default)
 def _grad(*operands, **named):
-    """The formula stands in csrc/autograd.cpp. Its kernel is called past the dispatcher, since
+    return _composite(ops.differentiable_backward.default, *operands, **named)
+
+
+def _composite(op, *operands, **named):
+    """The formula stands in csrc/derivatives.cpp. Its kernel is called past the dispatcher, since
     torch.export keeps operators that are made of others."""
-    kernel = torch._C.DispatchKey.CompositeImplicitAutograd
-    return ops.differentiable_backward.default._op_dk(kernel, *operands, **named)
+    return op._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *operands, **named)
 
 
 @_lowers(ops.forward_with_grad.default)

@@ -9,6 +9,9 @@ from torch import Tensor
 ops = torch.ops.fused_bce
 
 _NONE = 0  # torch.nn._reduction's number
+# What the operators take and return
+_OPERANDS = ("logits", "target", "weight", "pos_weight", "label_smoothing", "divisor", "grad_loss")
+_RESULTS = ("loss", "grad_logits")
 
 
 def constant_in_graphs(function):
@@ -29,77 +32,49 @@ def _register_sharding() -> None:
     from torch.distributed.tensor import Partial, Replicate, Shard
     from torch.distributed.tensor.experimental import register_sharding
 
-    def placements_of_weight(weight, logits, dim):
-        if weight is None:
-            return None
+    def placement_of_weight(weight, logits, dim):
         own = dim - (logits.ndim - weight.ndim)
         sharded = own >= 0 and weight.shape[own] == logits.shape[dim]
         return Shard(own) if sharded else Replicate()
 
-    def shardings(logits, weight, pos_weight, label_smoothing, divisor, reduction):
-        """The placements of (loss or grad_loss, logits, weight, pos_weight, and the numbers
-        label_smoothing and divisor): all replicated, or logits and target sharded along one
+    def placements(operands):
+        """Of every tensor, by its name: all replicated, or logits and target sharded along one
         dimension."""
-        whole = Replicate()
-        numbers = label_smoothing and whole, divisor and whole
-        yield whole, whole, weight and whole, pos_weight and whole, *numbers
+        logits = operands["logits"]
+        none = operands["reduction"] == _NONE
+        replicated = dict.fromkeys((*_OPERANDS, *_RESULTS), Replicate())
+        yield replicated
         for dim in range(logits.ndim):
-            yield (
-                Shard(dim) if reduction == _NONE else Partial("sum"),
-                Shard(dim),
-                placements_of_weight(weight, logits, dim),
-                placements_of_weight(pos_weight, logits, dim),
-                *numbers,
-            )
+            weights = {
+                name: placement_of_weight(operands[name], logits, dim)
+                for name in ("weight", "pos_weight")
+                if operands.get(name) is not None
+            }
+            alike = ("logits", "target", "grad_logits", *(("loss", "grad_loss") if none else ()))
+            sharded = dict.fromkeys(alike, Shard(dim))
+            yield replicated | weights | {"loss": Partial("sum")} | sharded
 
-    # torch calls these rules with the arguments of the schema, so that its list stands here, too.
-    def register_forward(op, outputs):
+    def register(op, *results):
+        arguments = op._schema.arguments
+        defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
+
+        # torch calls a rule with the arguments of the schema.
         @register_sharding(op)
-        def _(
-            logits,
-            target,
-            weight=None,
-            pos_weight=None,
-            reduction=1,
-            dtype=None,
-            label_smoothing=None,
-            ignore_index=None,
-            ignore_nan=False,
-            divisor=None,
-            recompute=False,
-        ):
+        def _(*positional, **named):
+            in_order = zip((a.name for a in arguments), positional, strict=False)
+            operands = defaults | dict(in_order) | named
+            absent = {name: None for name, value in operands.items() if value is None}
             return [
-                ([loss, x][:outputs], [x, x, w, p, None, None, s, None, None, d, None])
-                for loss, x, w, p, s, d in shardings(
-                    logits, weight, pos_weight, label_smoothing, divisor, reduction
+                (
+                    [of[name] for name in results],
+                    [(of | absent).get(argument.name) for argument in arguments],
                 )
+                for of in placements(operands)
             ]
 
-    register_forward(ops.binary_cross_entropy_with_logits.default, outputs=1)
-    register_forward(ops.forward_with_grad.default, outputs=2)
-
-    @register_sharding(ops.backward.default)
-    def _(
-        grad_loss,
-        logits,
-        target,
-        weight,
-        pos_weight,
-        reduction,
-        label_smoothing=None,
-        ignore_index=None,
-        ignore_nan=False,
-        divisor=None,
-    ):
-        return [
-            (
-                [x],
-                [loss if reduction == _NONE else Replicate(), x, x, w, p, None, s, None, None, d],
-            )
-            for loss, x, w, p, s, d in shardings(
-                logits, weight, pos_weight, label_smoothing, divisor, reduction
-            )
-        ]
+    register(ops.binary_cross_entropy_with_logits.default, "loss")
+    register(ops.forward_with_grad.default, "loss", "grad_logits")
+    register(ops.backward.default, "grad_logits")
 
     @register_sharding(ops.count_kept.default)
     def _(target, ignore_index, ignore_nan=False):

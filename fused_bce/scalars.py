@@ -1,8 +1,15 @@
-"""Numbers from Python as operands: what a compiled graph must not take for constants."""
+"""Numbers as operands: none from Python that a compiled graph takes for a constant."""
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.nn import _reduction
+
+from fused_bce.dispatch import are_shards
+from fused_bce.registrations import ops, whole
+
+_MEAN = _reduction.get_enum("mean")
+_UNSHARDED = (Tensor, torch.nn.Parameter)
 
 
 def may_differ_from_zero(number: float) -> bool:
@@ -20,3 +27,28 @@ def scalar_operand(number: float, beside: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.ones((), dtype=torch.float64, device=beside.device) * number
     return torch.scalar_tensor(number, dtype=torch.float64, device="cpu")
+
+
+def index_or_nan(ignore_index: int | float | None) -> tuple[int | None, bool]:
+    """As the operators take it: an integer or None, and whether it is nan."""
+    return (None, True) if isinstance(ignore_index, float) else (ignore_index, False)
+
+
+def divisor_operand(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    reduction: int,
+    ignore_index: int | float | None,
+) -> Tensor | None:
+    """What mean divides by where that is not the number of elements at hand, as for a shard."""
+    if type(input) in _UNSHARDED and type(target) in _UNSHARDED and weight is pos_weight is None:
+        return None
+    if reduction != _MEAN or not are_shards(input, target, weight, pos_weight):
+        return None
+    if input.numel() == 0:
+        return None
+    if ignore_index is None:
+        return torch.full((), input.numel(), dtype=torch.float64, device=input.device)
+    return whole(ops.count_kept(target.detach(), *index_or_nan(ignore_index)))

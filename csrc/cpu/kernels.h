@@ -38,16 +38,16 @@ double run_tile(const Formula& formula, const Tile<T, L, S>& tile) {
   // Several sums: short runs in T keep the rounding errors down, and the additions overlap.
   constexpr int kSums = 4;
   V sums[kSums] = {V(0), V(0), V(0), V(0)};
-  // A copy, which no store can alias: it stays in registers.
+  // Copies, which no store can alias: they stay in registers.
   const Tile<T, L, S> t = tile;
+  const Formula f = formula;
   const V grad_scale(t.grad_scale);
 
   const auto step = [&](int i, V& sum) __attribute__((always_inline)) {
     const V pos_weight = kHasPosWeight ? V::load(t.pos_weight + i) : V(1);
     const V given = widen(t.target + i);
     const V target = kHasExtras ? fma(given, V(t.target_scale), V(t.target_shift)) : given;
-    LossAndGrad<V> r =
-        formula.template evaluate<kHasPosWeight>(widen(t.logits + i), target, pos_weight);
+    LossAndGrad<V> r = f.template evaluate<kHasPosWeight>(widen(t.logits + i), target, pos_weight);
     if (kHasWeight) {
       const V weight = V::load(t.weight + i);
       r.loss = r.loss * weight;
@@ -78,12 +78,14 @@ using RunTile = double (*)(const Formula&, const Tile<T, L, S>&);
 
 template <Pass kPass, class Formula, class T, class L, class S>
 RunTile<Formula, T, L, S> choose_weights(const Problem& p) {
+  constexpr bool kPosWeight = Formula::kTakesPosWeight;
   if constexpr (std::is_same_v<L, T> && std::is_same_v<S, T>)
-    if (has_extras(p)) return run_tile<kPass, true, true, true, Formula, T, L, S>;
+    if (has_extras(p)) return run_tile<kPass, true, kPosWeight, true, Formula, T, L, S>;
   const bool weight = p.weight.data || (p.grad_loss.data && folds_grad_loss(p));
-  if (p.pos_weight.data)
-    return weight ? run_tile<kPass, true, true, false, Formula, T, L, S>
-                  : run_tile<kPass, false, true, false, Formula, T, L, S>;
+  if constexpr (kPosWeight)
+    if (p.pos_weight.data)
+      return weight ? run_tile<kPass, true, true, false, Formula, T, L, S>
+                    : run_tile<kPass, false, true, false, Formula, T, L, S>;
   return weight ? run_tile<kPass, true, false, false, Formula, T, L, S>
                 : run_tile<kPass, false, false, false, Formula, T, L, S>;
 }

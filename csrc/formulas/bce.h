@@ -13,6 +13,8 @@ namespace fused_bce {
 //   grad = sign(x) (q - (u + v) c)  c = sigmoid(-a)
 // Both come from one exponential, and for hard targets nothing cancels on either side.
 struct BinaryCrossEntropy {
+  static constexpr bool kTakesPosWeight = true;
+
   FUSED_BCE_INLINE explicit BinaryCrossEntropy(const Problem&) {}
 
   template <bool kHasPosWeight, class Real>

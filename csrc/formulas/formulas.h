@@ -3,7 +3,7 @@
 //
 // A formula is made of a Problem, from which it may take parameters. evaluate<kHasPosWeight>(x, t,
 // p) gives the loss and its derivative for a logit, a target and, if there is one, a pos_weight;
-// where a kernel is compiled without, p is 1.
+// where a kernel is compiled without, p is 1. kTakesPosWeight says whether there ever is one.
 #pragma once
 
 #include "bce.h"
