@@ -78,6 +78,9 @@ struct LossFunction : torch::autograd::Function<Function> {
     ctx->saved_data["reduction"] = o.reduction;
     ctx->saved_data["ignore_index"] = o.ignore_index;
     ctx->saved_data["ignore_nan"] = o.ignore_nan;
+    if (o.formula == FormulaId::kSigmoidFocal)
+      ctx->saved_data["focal"] =
+          c10::List<double>({o.focal.alpha, o.focal.gamma, o.focal.gamma_neg});
     if (!stores_grad(logits, o.recompute)) return Operators::call_loss(o);
 
     auto [loss, grad_logits] = Operators::call_loss_and_grad(o);
@@ -117,11 +120,17 @@ struct LossFunction : torch::autograd::Function<Function> {
       const Tensor& t = tensors[i];
       return t.defined() ? OptionalTensor(t) : std::nullopt;
     };
+    Focal focal;
+    if (Operators::kFormula == FormulaId::kSigmoidFocal) {
+      const auto numbers = ctx.saved_data["focal"].toDoubleVector();
+      focal = {numbers[0], numbers[1], numbers[2]};
+    }
     return {.formula = Operators::kFormula,
             .logits = tensors[0],
             .target = tensors[1],
             .weight = optional(2),
             .pos_weight = optional(3),
+            .focal = focal,
             .reduction = ctx.saved_data["reduction"].toInt(),
             .label_smoothing = optional(4),
             .ignore_index = ctx.saved_data["ignore_index"].toOptional<int64_t>(),
@@ -132,6 +141,7 @@ struct LossFunction : torch::autograd::Function<Function> {
 
 // Types of their own, for their names are those of the nodes in a graph.
 struct BCEWithLogitsFunction : LossFunction<BCEWithLogitsFunction, BinaryCrossEntropyOperators> {};
+struct SigmoidFocalFunction : LossFunction<SigmoidFocalFunction, SigmoidFocalOperators> {};
 
 void check_not_differentiated(const char* function, const char* name, const OptionalTensor& t) {
   TORCH_CHECK(!t || !t->requires_grad(), "The function '", function,
@@ -158,6 +168,12 @@ Tensor differentiable(const Operands& o) {
 }  // namespace
 
 Tensor autograd(const Operands& operands) {
+  switch (operands.formula) {
+    case FormulaId::kSigmoidFocal:
+      return differentiable<SigmoidFocalFunction, SigmoidFocalOperators>(operands);
+    case FormulaId::kBinaryCrossEntropy:
+      break;
+  }
   return differentiable<BCEWithLogitsFunction, BinaryCrossEntropyOperators>(operands);
 }
 

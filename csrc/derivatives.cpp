@@ -1,9 +1,14 @@
 #include "derivatives.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/clamp_min.h>
 #include <ATen/ops/log_sigmoid.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/pow.h>
 #include <ATen/ops/rsub.h>
 #include <ATen/ops/sigmoid.h>
+
+#include <limits>
 
 namespace fused_bce {
 
@@ -43,8 +48,46 @@ Tensor smoothed_target_of(const Operands& o) {
   return t * at::rsub(*o.label_smoothing, 1) + *o.label_smoothing / 2;
 }
 
+// The terms of formulas/focal.h, with p = sigmoid(x) and n = sigmoid(-x), of which neither is a
+// difference.
+struct FocalTerms {
+  Tensor x, t, u, p, n, m, ce, w, g;
+  Tensor power;  // m^g
+
+  explicit FocalTerms(const Operands& o)
+      : x(logits_of(o)),
+        t(smoothed_target_of(o)),
+        u(at::rsub(t, 1)),
+        p(at::sigmoid(x)),
+        n(at::sigmoid(-x)),
+        // Not 0: a power below 1 has a pole there, and the logarithm.
+        m(at::clamp_min(u * p + t * n, smallest_normal(x.scalar_type()))),
+        ce(-(u * at::log_sigmoid(-x) + t * at::log_sigmoid(x))),
+        w(o.focal.alpha < 0 ? at::ones_like(t) : t * o.focal.alpha + u * (1 - o.focal.alpha)),
+        g(t * o.focal.gamma + u * o.focal.gamma_neg),
+        power(o.focal.gamma == o.focal.gamma_neg ? m.pow(o.focal.gamma) : m.pow(g)) {}
+
+  static double smallest_normal(at::ScalarType type) {
+    return type == at::kDouble ? std::numeric_limits<double>::min()
+                               : std::numeric_limits<float>::min();
+  }
+
+  Tensor slope_by_logit() const {
+    return w * power * (g * (u - t) * (p * n / m) * ce + u * p - t * n);
+  }
+
+  Tensor slope_by_target(const Focal& focal) const {
+    Tensor slope = w * (g * (n - p) * (ce / m) - x);
+    if (focal.gamma != focal.gamma_neg)
+      slope = slope + (focal.gamma - focal.gamma_neg) * w * m.log() * ce;
+    if (focal.alpha >= 0) slope = slope + (2 * focal.alpha - 1) * ce;
+    return power * slope;
+  }
+};
+
 // Written so that hard targets cancel nothing: (1 - t) sigmoid(x) - p t sigmoid(-x).
 Tensor slope_by_logit(const Operands& o) {
+  if (o.formula == FormulaId::kSigmoidFocal) return FocalTerms(o).slope_by_logit();
   const Tensor x = logits_of(o);
   const Tensor t = smoothed_target_of(o);
   const Tensor positive = o.pos_weight ? widened(*o.pos_weight, o) * t : t;
@@ -53,6 +96,7 @@ Tensor slope_by_logit(const Operands& o) {
 
 // p softplus(-x) - softplus(x), which is -x without pos_weight
 Tensor slope_by_target(const Operands& o) {
+  if (o.formula == FormulaId::kSigmoidFocal) return FocalTerms(o).slope_by_target(o.focal);
   const Tensor x = logits_of(o);
   if (!o.pos_weight) return -x;
   return at::log_sigmoid(-x) - widened(*o.pos_weight, o) * at::log_sigmoid(x);

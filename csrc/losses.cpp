@@ -37,6 +37,14 @@ void check_operands(const Operands& o) {
     check_broadcasts_into(logits, at::infer_size_dimvector(logits.sizes(), o.weight->sizes()));
 }
 
+// Beyond a gamma of 1e6 nothing is left of any loss, and products with it might overflow.
+void check_focal(const Focal& focal) {
+  TORCH_CHECK_VALUE(focal.alpha == -1 || (0 <= focal.alpha && focal.alpha <= 1),
+                    "alpha must lie in [0, 1] or be -1, not ", focal.alpha);
+  for (const double gamma : {focal.gamma, focal.gamma_neg})
+    TORCH_CHECK_VALUE(0 <= gamma && gamma <= 1e6, "gamma must lie in [0, 1e6], not be ", gamma);
+}
+
 // Compared in float32, which holds all integers up to there.
 Ignored ignored_of(OptionalIndex ignore_index, bool ignore_nan) {
   constexpr int64_t kMost = int64_t{1} << 24;
@@ -61,6 +69,8 @@ struct Call {
     TORCH_CHECK_VALUE(o.reduction >= 0 && o.reduction < at::Reduction::END, o.reduction,
                       " is not a valid value for reduction");
     problem.formula = o.formula;
+    check_focal(o.focal);
+    problem.focal = o.focal;
     problem.reduction = static_cast<Reduction>(o.reduction);
     problem.numel = anchor.numel();
     problem.logits.dtype = dtype_of("logits", logits.scalar_type());

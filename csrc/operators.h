@@ -118,6 +118,21 @@ struct BinaryCrossEntropyNames {
   }
 };
 
+struct SigmoidFocalNames {
+  static constexpr FormulaId kFormula = FormulaId::kSigmoidFocal;
+  static constexpr const char* kLoss = "sigmoid_focal_loss";
+  static constexpr const char* kLossAndGrad = "sigmoid_focal_loss_with_grad";
+  static constexpr const char* kBackward = "sigmoid_focal_loss_backward";
+  static constexpr const char* kDifferentiableBackward =
+      "sigmoid_focal_loss_differentiable_backward";
+
+  template <class O>
+  static auto own(O& operands) {
+    return std::tie(operands.focal.alpha, operands.focal.gamma, operands.focal.gamma_neg);
+  }
+};
+
 using BinaryCrossEntropyOperators = Operators<BinaryCrossEntropyNames, const OptionalTensor&>;
+using SigmoidFocalOperators = Operators<SigmoidFocalNames, double, double, double>;
 
 }  // namespace fused_bce

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Reduction.h>
 #include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
 
 #include <cstdint>
 #include <optional>
@@ -23,6 +24,7 @@ struct Operands {
   at::Tensor logits, target;
   OptionalTensor weight;
   OptionalTensor pos_weight;  // of binary cross entropy
+  Focal focal;                // of the focal loss
   int64_t reduction = at::Reduction::Mean;
   // Of the loss: see dtype_of_loss.
   OptionalDtype dtype;
@@ -60,9 +62,12 @@ inline bool is_integer(at::ScalarType type) {
   return at::isIntegralType(type, /*includeBool=*/true);
 }
 
-// That of the target, if nobody asks for another; integers have no say.
+// If nobody asks for another, that of the target, as torch's loss has it; for the focal loss the
+// wider one of both, as torchvision's does. Integers have no say.
 inline at::ScalarType dtype_of_loss(const Operands& o) {
   if (o.dtype) return *o.dtype;
+  if (o.formula == FormulaId::kSigmoidFocal)
+    return at::promoteTypes(o.logits.scalar_type(), o.target.scalar_type());
   return is_integer(o.target.scalar_type()) ? o.logits.scalar_type() : o.target.scalar_type();
 }
 

@@ -25,7 +25,12 @@ struct Broadcast {
 };
 
 // What an element's loss is: formulas/formulas.h.
-enum class FormulaId : uint8_t { kBinaryCrossEntropy };
+enum class FormulaId : uint8_t { kBinaryCrossEntropy, kSigmoidFocal };
+
+// Of the focal loss: formulas/focal.h.
+struct Focal {
+  double alpha = -1, gamma = 0, gamma_neg = 0;
+};
 
 enum class Reduction : uint8_t { kNone, kMean, kSum };
 
@@ -67,6 +72,7 @@ struct Problem {
   // arithmetic; every other gradient is rounded first, as one is that was stored in forward, and
   // scaled then: see Scaling.
   Broadcast grad_loss;
+  Focal focal;
 };
 
 inline bool has_extras(const Problem& p) {

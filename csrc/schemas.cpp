@@ -67,10 +67,30 @@ void register_ops() {
       "differentiable_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, "
       "Tensor? pos_weight, int reduction, Tensor? label_smoothing=None, int? ignore_index=None, "
       "bool ignore_nan=False, Tensor? divisor=None) -> Tensor");
+  definitions.def(
+      "sigmoid_focal_loss(Tensor logits, Tensor target, Tensor? weight, float alpha, float gamma, "
+      "float gamma_neg, int reduction, ScalarType? dtype=None, Tensor? label_smoothing=None, "
+      "int? ignore_index=None, bool ignore_nan=False, Tensor? divisor=None, bool recompute=False) "
+      "-> Tensor");
+  definitions.def(
+      "sigmoid_focal_loss_with_grad(Tensor logits, Tensor target, Tensor? weight, float alpha, "
+      "float gamma, float gamma_neg, int reduction, ScalarType? dtype=None, "
+      "Tensor? label_smoothing=None, int? ignore_index=None, bool ignore_nan=False, "
+      "Tensor? divisor=None) -> (Tensor loss, Tensor grad_logits)");
+  definitions.def(
+      "sigmoid_focal_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, "
+      "float alpha, float gamma, float gamma_neg, int reduction, Tensor? label_smoothing=None, "
+      "int? ignore_index=None, bool ignore_nan=False, Tensor? divisor=None) -> Tensor");
+  definitions.def(
+      "sigmoid_focal_loss_differentiable_backward(Tensor grad_loss, Tensor logits, Tensor target, "
+      "Tensor? weight, float alpha, float gamma, float gamma_neg, int reduction, "
+      "Tensor? label_smoothing=None, int? ignore_index=None, bool ignore_nan=False, "
+      "Tensor? divisor=None) -> Tensor");
   definitions.def("count_kept(Tensor target, int? ignore_index, bool ignore_nan=False) -> Tensor");
   definitions.def("scale_(Tensor(a!) grad_logits, Tensor grad_loss, bool zero_stays=False) -> ()");
 
   implement<BinaryCrossEntropyOperators>();
+  implement<SigmoidFocalOperators>();
   for (const auto key : kBackends) {
     torch::Library& backend = implementations(key);
     backend.impl("count_kept", &count_kept);

@@ -1,4 +1,4 @@
-"""Errors for what this loss takes beyond torch's."""
+"""Errors for what the losses take beyond torch's."""
 
 import contextlib
 import math
@@ -22,6 +22,22 @@ def check_label_smoothing(label_smoothing: float) -> None:
         raise TypeError("label_smoothing must be a number, not a tensor")
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing must lie in [0, 1), not be {label_smoothing}")
+
+
+def check_focal_numbers(alpha: float, gamma: float, gamma_neg: float | None) -> None:
+    if isinstance(alpha, Tensor) or isinstance(gamma, Tensor) or isinstance(gamma_neg, Tensor):
+        raise TypeError("alpha, gamma and gamma_neg must be numbers, not tensors")
+    if not 0.0 <= alpha <= 1.0 and alpha != -1.0:
+        raise ValueError(f"alpha must lie in [0, 1] or be -1, not {alpha}")
+    _check_exponent(gamma)
+    if gamma_neg is not None:
+        _check_exponent(gamma_neg)
+
+
+def _check_exponent(gamma: float) -> None:
+    # Beyond, nothing is left of any loss.
+    if not 0.0 <= gamma <= 1e6:
+        raise ValueError(f"gamma must lie in [0, 1e6], not be {gamma}")
 
 
 def check_ignore_index(ignore_index: object, target: Tensor) -> int | float:

@@ -1,4 +1,4 @@
-"""The loss as a function."""
+"""The losses as functions."""
 
 import torch
 from torch import Tensor
@@ -15,11 +15,12 @@ from fused_bce.checks import (
     is_invalid,
 )
 from fused_bce.dispatch import has_integers, log_once, why_not_fused
+from fused_bce.focal import sigmoid_focal_loss
 from fused_bce.scalars import divisor_operand, index_or_nan, may_differ_from_zero, scalar_operand
 
 _loss = torch.ops.fused_bce.binary_cross_entropy_with_logits.default
 
-__all__ = ["binary_cross_entropy_with_logits"]
+__all__ = ["binary_cross_entropy_with_logits", "sigmoid_focal_loss"]
 
 
 def binary_cross_entropy_with_logits(

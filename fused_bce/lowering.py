@@ -6,7 +6,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fused_bce.reference import is_ignored, loss_of_kept, sum_of, with_floats
+from fused_bce.reference import (
+    is_ignored,
+    loss_of_kept,
+    sigmoid_focal_losses,
+    sum_of,
+    with_floats,
+)
 from fused_bce.registrations import ops
 
 _REDUCTIONS = ("none", "mean", "sum")
@@ -115,6 +121,61 @@ def _loss_and_grad(logits, target, weight, pos_weight, reduction, dtype=None, *e
     loss = _loss(logits, target, weight, pos_weight, reduction, dtype, *extras, **named)
     operands = (torch.ones_like(loss), logits, target, weight, pos_weight, reduction)
     return loss, _grad(*operands, *extras, **named)
+
+
+@_lowers(ops.sigmoid_focal_loss.default)
+def _focal_loss(
+    logits,
+    target,
+    weight,
+    alpha,
+    gamma,
+    gamma_neg,
+    reduction,
+    dtype=None,
+    label_smoothing=None,
+    ignore_index=None,
+    ignore_nan=False,
+    divisor=None,
+    recompute=False,
+):
+    def losses_of(logits, target, ignored):
+        losses = sigmoid_focal_losses(
+            logits.masked_fill(ignored, 0),
+            target.masked_fill(ignored, 0),
+            None if alpha == -1 else alpha,
+            gamma,
+            None if gamma_neg == gamma else gamma_neg,
+        )
+        losses = losses if weight is None else losses * weight
+        return losses.masked_fill(ignored, 0)
+
+    dtype = dtype or torch.promote_types(logits.dtype, target.dtype)
+    return _reduced(
+        losses_of,
+        logits,
+        target,
+        reduction,
+        dtype,
+        label_smoothing,
+        ignore_index,
+        ignore_nan,
+        divisor,
+    )
+
+
+@_lowers(ops.sigmoid_focal_loss_backward.default)
+def _focal_grad(*operands, **named):
+    return _composite(ops.sigmoid_focal_loss_differentiable_backward.default, *operands, **named)
+
+
+@_lowers(ops.sigmoid_focal_loss_with_grad.default)
+def _focal_loss_and_grad(
+    logits, target, weight, alpha, gamma, gamma_neg, reduction, dtype=None, *extras, **named
+):
+    operands = (logits, target, weight, alpha, gamma, gamma_neg, reduction)
+    loss = _focal_loss(*operands, dtype, *extras, **named)
+    return loss, _focal_grad(torch.ones_like(loss), *operands, *extras, **named)
 
 
 @_lowers(ops.count_kept.default)

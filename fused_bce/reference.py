@@ -1,10 +1,12 @@
-"""The loss in plain torch, for calls that the kernels do not cover: torch's own function, and
-around it what this package takes beyond that. It can be scripted."""
+"""The losses in plain torch, for calls that the kernels do not cover: torch's own function, or for
+the focal loss its operations, and around them what this package takes beyond. They can be
+scripted."""
 
 import torch
 from torch import Tensor
 from torch.nn import _reduction
 from torch.nn.functional import binary_cross_entropy_with_logits as torch_bce
+from torch.nn.functional import logsigmoid
 
 
 def binary_cross_entropy_with_logits(
@@ -18,9 +20,7 @@ def binary_cross_entropy_with_logits(
 ) -> Tensor:
     """As :func:`fused_bce.functional.binary_cross_entropy_with_logits`."""
     ignored = None if ignore_index is None else is_ignored(target, ignore_index)
-    target = with_floats(target, input)
-    if label_smoothing != 0.0:
-        target = target * (1 - label_smoothing) + label_smoothing / 2
+    target = smoothed(with_floats(target, input), label_smoothing)
     if ignored is None or target.size() != input.size():
         return torch_bce(input, target, weight, reduction=reduction, pos_weight=pos_weight)
     losses = loss_of_kept(input, target, ignored, weight, pos_weight)
@@ -33,8 +33,76 @@ def binary_cross_entropy_with_logits(
     return total.to(losses.dtype)
 
 
+def sigmoid_focal_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    alpha: float | None,
+    gamma: float,
+    gamma_neg: float | None,
+    reduction: str,
+    label_smoothing: float,
+    ignore_index: int | float | None,
+) -> Tensor:
+    """As :func:`fused_bce.functional.sigmoid_focal_loss`, but for an ``alpha`` of None in the place
+    of -1. In compiled code the numbers may be tensors."""
+    check_focal_operands(input, target)
+    dtype = with_autocast(torch.result_type(input, target), input)
+    ignored = None if ignore_index is None else is_ignored(target, ignore_index)
+    if ignored is not None:
+        input, target = input.masked_fill(ignored, 0.0), target.masked_fill(ignored, 0)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    target = smoothed(target.to(wide), label_smoothing)
+    losses = sigmoid_focal_losses(input.to(wide), target, alpha, gamma, gamma_neg)
+    if weight is not None:
+        losses = losses * weight.expand(input.size())
+    if ignored is not None:
+        losses = losses.masked_fill(ignored, 0.0)
+    if reduction == "mean" and ignored is not None:
+        losses = losses.sum() / (~ignored).sum().clamp(min=1)
+    elif reduction == "mean":
+        losses = losses.mean()
+    elif reduction == "sum":
+        losses = losses.sum()
+    return losses.to(dtype)
+
+
+def check_focal_operands(input: Tensor, target: Tensor) -> None:
+    # A trace would make a constant of the answer, and warn.
+    if not torch.jit.is_tracing() and target.size() != input.size():
+        raise ValueError(
+            f"Target size ({target.size()}) must be the same as input size ({input.size()})"
+        )
+    if not input.is_floating_point() or target.is_complex():
+        raise NotImplementedError("the focal loss is of real logits and targets")
+
+
+def sigmoid_focal_losses(
+    x: Tensor,
+    t: Tensor,
+    alpha: float | None,
+    gamma: float,
+    gamma_neg: float | None,
+) -> Tensor:
+    """The loss of each element. Of the two probabilities neither is the difference of the other and
+    1, so that no digit is lost in the tails."""
+    u = 1 - t
+    m = u * torch.sigmoid(x) + t * torch.sigmoid(-x)
+    # Not 0, where a power below 1 has no derivative.
+    m = m.clamp(min=2.0**-1022 if x.dtype == torch.float64 else 2.0**-126)
+    losses = -(u * logsigmoid(-x) + t * logsigmoid(x))
+    losses = losses * (m**gamma if gamma_neg is None else m ** (gamma * t + gamma_neg * u))
+    return losses if alpha is None else losses * (alpha * t + (1 - alpha) * u)
+
+
+def smoothed(target: Tensor, label_smoothing: float) -> Tensor:
+    if label_smoothing == 0.0:
+        return target
+    return target * (1 - label_smoothing) + label_smoothing / 2
+
+
 def with_floats(target: Tensor, input: Tensor) -> Tensor:
-    return target if target.is_floating_point() else target.to(_dtype_for_integers(input))
+    return target if target.is_floating_point() else target.to(with_autocast(input.dtype, input))
 
 
 def loss_of_kept(
@@ -64,10 +132,10 @@ def is_ignored(target: Tensor, ignore_index: int | float) -> Tensor:
     return target.isnan() if isinstance(ignore_index, float) else target == ignore_index
 
 
-def _dtype_for_integers(input: Tensor) -> torch.dtype:
-    """What targets of integers become: autocast would widen them after they were smoothed."""
+def with_autocast(dtype: torch.dtype, input: Tensor) -> torch.dtype:
+    """What autocast makes of a dtype, to which integers become floats before it sees them."""
     if not torch.jit.is_scripting():
         # The meta device has no autocast to ask for.
         widened = not input.is_meta and torch.is_autocast_enabled(input.device.type)
-        return torch.promote_types(input.dtype, torch.float32) if widened else input.dtype
-    return input.dtype
+        return torch.promote_types(dtype, torch.float32) if widened else dtype
+    return dtype

@@ -62,11 +62,22 @@ struct Vec {
   friend FUSED_BCE_INLINE Vec flip_sign(Vec y, Vec x) {
     return (Native)((Mask)y.v ^ ((Mask)x.v & std::numeric_limits<Int>::min()));
   }
+  static constexpr int kMantissaBits = std::numeric_limits<T>::digits - 1;
+  static constexpr Int kBias = std::numeric_limits<T>::max_exponent - 1;
   // y * 2^-n, n being the integer in the low bits of a number shifted by kRoundShift. The other
   // bits of the shift leave the word at the top.
   friend FUSED_BCE_INLINE Vec scale_exp2_minus(Vec y, Vec shifted) {
-    constexpr int kMantissaBits = std::numeric_limits<T>::digits - 1;
-    constexpr Int kBias = std::numeric_limits<T>::max_exponent - 1;
     return y.v * (Native)((kBias - (Mask)shifted.v) << kMantissaBits);
+  }
+  // x = mantissa(x) 2^-minus_exponent(x), the mantissa in [1, 2), for a positive normal number
+  friend FUSED_BCE_INLINE Vec mantissa(Vec x) {
+    constexpr Int kField = (Int{1} << kMantissaBits) - 1;
+    return (Native)(((Mask)x.v & kField) | kBias << kMantissaBits);
+  }
+  // An integer becomes a number in the low bits of the shift.
+  friend FUSED_BCE_INLINE Vec minus_exponent(Vec x) {
+    const Vec shift(Precision<T>::kRoundShift);
+    const Mask n = kBias - ((Mask)x.v >> kMantissaBits);
+    return (Native)((Mask)shift.v + n) - shift.v;
   }
 };

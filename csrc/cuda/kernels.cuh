@@ -431,7 +431,11 @@ void launch_pair(const Arguments& a, const Workspace& workspace, unsigned blocks
                  cudaStream_t stream) {
   with_formula(a.problem, [&](const auto& formula) {
     using Formula = std::decay_t<decltype(formula)>;
-    launch_formula<Formula, L, T>(a, workspace, blocks, stream);
+    // Each pair costs ten kernels: other losses have those with targets like the logits, and one
+    // for all others.
+    constexpr bool kOwn = std::is_same_v<Formula, BinaryCrossEntropy> || std::is_same_v<L, T>;
+    launch_formula<Formula, L, std::conditional_t<kOwn, T, AnyTarget>>(a, workspace, blocks,
+                                                                       stream);
   });
 }
 

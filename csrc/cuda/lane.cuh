@@ -44,6 +44,10 @@ struct Lane {
   friend FUSED_BCE_INLINE Lane flip_sign(Lane y, Lane x) {
     return Lane(Bits<T>::number(Bits<T>::of(y.v) ^ (Bits<T>::of(x.v) & Bits<T>::kSign)));
   }
+  friend FUSED_BCE_INLINE Lane minus_log(Lane a) { return Lane(-::log(a.v)); }
+  friend FUSED_BCE_INLINE Lane product_rest(Lane a, Lane b, Lane y) {
+    return Lane(::fma(a.v, b.v, -y.v));
+  }
 };
 
 // a * b, rounded before anything is added to it

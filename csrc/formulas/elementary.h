@@ -3,9 +3,9 @@
 // Every backend instantiates this text. `Real` is a vector of numbers, one of them on a GPU; it
 // brings operators, its element type Real::Scalar, and the words
 //   abs(x)  fma(a, b, c)  select(mask, if_true, if_false)
-//   sign_bit(x)  flip_sign(y, x)  scale_exp2_minus(y, shifted)
-// found by argument-dependent lookup. It may bring an exp_minus and a quotient of its own, where
-// the hardware has better ones. Nothing here knows of torch.
+//   sign_bit(x)  flip_sign(y, x)  scale_exp2_minus(y, shifted)  mantissa(x)  minus_exponent(x)
+// found by argument-dependent lookup. It may bring functions of its own in the place of those
+// below, where the hardware has better ones. Nothing here knows of torch.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -43,6 +43,9 @@ struct Precision<float> {
   // exp(-a) has no normal result beyond; here it is 0.
   static constexpr float kLargestExponent = 88.02969187150841f;  // 127 ln 2
 
+  // Halves the digits of a number.
+  static constexpr float kSplit = 4097.f;
+
   // (exp(-r) - 1 + r) / r^2 for |r| <= ln 2 / 2, to 2^-26.9 of exp(-r)
   template <class Real>
   static FUSED_BCE_INLINE Real exp_remainder(Real r) {
@@ -65,6 +68,8 @@ struct Precision<double> {
   static constexpr double kLn2Low = 1.90821492927058770002e-10;
   static constexpr double kRoundShift = 6755399441055744.0;       // 1.5 * 2^52
   static constexpr double kLargestExponent = 709.08956571282405;  // 1023 ln 2
+
+  static constexpr double kSplit = 134217729.0;
 
   // as above, to 2^-56.1
   template <class Real>
@@ -101,6 +106,27 @@ FUSED_BCE_INLINE Real exp_minus(Real a) {
   const Real r = fma(n, Real(-P::kLn2Low), fma(n, Real(-P::kLn2High), bounded));
   const Real y = fma(fma(P::exp_remainder(r), r, Real(-1)), r, Real(1));
   return scale_exp2_minus(y, shifted);
+}
+
+// -log(r) for r in (0, 1]: r = 2^-n (1 + f), -log(r) = n ln 2 - log1p(f). Near 1 the difference
+// cancels: this is right to units of the last place of ln 2, as the exponent of a power.
+template <class Real>
+FUSED_BCE_INLINE Real minus_log(Real r) {
+  using P = Precision<typename Real::Scalar>;
+  const Real n = minus_exponent(r);
+  const Real log1p = P::log1p(mantissa(r) - Real(1));
+  return fma(n, Real(P::kLn2High), fma(n, Real(P::kLn2Low), Real(0) - log1p));
+}
+
+// What rounding took from y = a b, by Dekker's halves: not every target has an fma that rounds
+// once.
+template <class Real>
+FUSED_BCE_INLINE Real product_rest(Real a, Real b, Real y) {
+  const Real split(Precision<typename Real::Scalar>::kSplit);
+  const Real a_high = a * split - (a * split - a), a_low = a - a_high;
+  const Real b_high = b * split - (b * split - b), b_low = b - b_high;
+  return fma(a_low, b_low,
+             fma(a_low, b_high, fma(a_high, b_low, fma(a_high, b_high, Real(0) - y))));
 }
 
 // a / b for b in [1, 2]

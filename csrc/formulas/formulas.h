@@ -7,6 +7,7 @@
 #pragma once
 
 #include "bce.h"
+#include "focal.h"
 
 namespace fused_bce {
 
@@ -14,6 +15,8 @@ namespace fused_bce {
 template <class F>
 auto with_formula(const Problem& p, const F& f) {
   switch (p.formula) {
+    case FormulaId::kSigmoidFocal:
+      return f(SigmoidFocal(p));
     case FormulaId::kBinaryCrossEntropy:
       break;
   }

@@ -81,6 +81,15 @@ const char* face_launch(const PlainProblem* p, void* workspace) {
   return caught([&] { launch_cuda(p->problem(), workspace, nullptr); });
 }
 
+// The focal loss, of which the plain struct has no numbers.
+const char* face_launch_focal(const PlainProblem* plain, double alpha, double gamma,
+                              double gamma_neg, void* workspace) {
+  Problem problem = plain->problem();
+  problem.formula = FormulaId::kSigmoidFocal;
+  problem.focal = {alpha, gamma, gamma_neg};
+  return caught([&] { launch_cuda(problem, workspace, nullptr); });
+}
+
 const char* face_count_kept(const void* target, int64_t dtype, int64_t numel, int64_t ignore_index,
                             double* count) {
   return caught([&] {

@@ -1,0 +1,214 @@
+"""Accuracy of the focal loss in units in the last place, against its definition at 40 digits."""
+
+import math
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from focal_reference import ALPHAS, GAMMAS, alpha_of, to_40_digits
+from helpers import dtype_name, why_no_cuda
+
+from fused_bce import _C
+
+OPS = torch.ops.fused_bce
+NONE = 0
+# The goal. Three factors, each with errors of one to three units; up to a gamma of 4, since a power
+# multiplies the error of what it is a power of.
+MAX_ULP = 8
+SMALLEST_NORMAL = {torch.float32: 2.0**-126, torch.float64: 2.0**-1022}
+# Where exp(-|x|) stays a normal number.
+LARGEST = {torch.float32: 87.0, torch.float64: 707.0}
+
+by_gamma = pytest.mark.parametrize("gamma", [*GAMMAS, 1.3])
+# Cross entropy, products and a power, of which each has code of its own
+by_branch = pytest.mark.parametrize("gamma", [0, 2, 2.5])
+
+
+@pytest.fixture(params=[*_C.instruction_sets(), "cuda"])
+def kernel_device(request):
+    """The device to run on, with each instruction set of the CPU forced in turn."""
+    if request.param == "cuda":
+        if reason := why_no_cuda():
+            pytest.skip(reason)
+        yield "cuda"
+        return
+    before = _C.current_instruction_set()
+    _C.use_instruction_set(request.param)
+    yield "cpu"
+    _C.use_instruction_set(before)
+
+
+def evaluate(logits, target, alpha, gamma, device, gamma_neg=None):
+    """Loss and gradient of each element, on the CPU."""
+    numbers = alpha, gamma, gamma if gamma_neg is None else gamma_neg
+    results = OPS.sigmoid_focal_loss_with_grad(
+        logits.to(device), target.to(device), None, *numbers, NONE
+    )
+    return [result.cpu() for result in results]
+
+
+def points(dtype) -> torch.Tensor:
+    """Logits dense near 0, and in both tails."""
+    random = np.random.default_rng(0)
+    parts = [
+        random.uniform(-1, 1, 100),
+        random.uniform(-20, 20, 150),
+        random.uniform(-LARGEST[dtype], LARGEST[dtype], 150),
+        random.uniform(-1, 1, 50) * 2.0 ** random.uniform(-30, 0, 50),
+        [0.0, -0.0],
+    ]
+    return torch.from_numpy(np.concatenate(parts)).to(dtype)
+
+
+def largest_ulp(result, true, w: float) -> float:
+    """From w times the true values, in units of the last place; what is below the smallest normal
+    number must be about 0."""
+    smallest = SMALLEST_NORMAL[result.dtype]
+    numpy_dtype = result.numpy().dtype.type
+    largest = 0.0
+    for got, value in zip(result.tolist(), true, strict=True):
+        want = float(w * value)
+        if abs(want) < smallest:
+            assert abs(got) <= 2 * smallest
+            continue
+        with mpmath.workdps(40):
+            error = abs(mpmath.mpf(got) - w * value)
+        largest = max(largest, float(error) / float(np.spacing(numpy_dtype(abs(want)))))
+    return largest
+
+
+@by_gamma
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_name)
+def test_hard_targets(kernel_device, dtype, gamma, request, capsys):
+    logits = points(dtype)
+    loss_ulp = grad_ulp = 0.0
+    for t in (0.0, 1.0):
+        true = [to_40_digits(x, t, gamma) for x in logits.tolist()]
+        for alpha in ALPHAS:
+            loss, grad = evaluate(logits, torch.full_like(logits, t), alpha, gamma, kernel_device)
+            w = alpha_of(alpha, t)
+            loss_ulp = max(loss_ulp, largest_ulp(loss, [value for value, _ in true], w))
+            grad_ulp = max(grad_ulp, largest_ulp(grad, [value for _, value in true], w))
+    kernel = request.node.callspec.params["kernel_device"]
+    with capsys.disabled():
+        print(
+            f"\n  focal, gamma {gamma}, {dtype_name(dtype)} on {kernel}: "
+            f"loss {loss_ulp:.2f} ULP, gradient {grad_ulp:.2f} ULP"
+        )
+    assert loss_ulp <= MAX_ULP
+    assert grad_ulp <= MAX_ULP
+
+
+@by_gamma
+def test_many_hard_targets(kernel_device, gamma):
+    """Against logarithms in float64, whose own errors are 1e-13."""
+    x = (torch.rand(200_000, dtype=torch.float64) * 2 - 1) * 87
+    x = x.float()
+    for t in (0.0, 1.0):
+        loss, grad = evaluate(x, torch.full_like(x, t), -1, gamma, kernel_device)
+        away = (1 - 2 * t) * x.double()  # grows with the loss
+        log_m, log_n = (torch.nn.functional.logsigmoid(s) for s in (away, -away))
+        true = torch.exp(gamma * log_m) * -log_n
+        true_grad = torch.exp(gamma * log_m) * (gamma * log_n.exp() * -log_n + log_m.exp())
+        for got, want in ((loss, true), ((1 - 2 * t) * grad, true_grad)):
+            normal = want >= SMALLEST_NORMAL[torch.float32]
+            unit = torch.from_numpy(np.spacing(want.float().numpy())).double()
+            assert ((got.double() - want).abs() / unit)[normal].max() <= MAX_ULP
+            assert got[~normal].abs().max() <= 2 * SMALLEST_NORMAL[torch.float32] if gamma else True
+
+
+@by_branch
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_soft_targets(kernel_device, alpha, gamma):
+    """The loss in relative terms. The gradient is a difference, which has a zero: a few roundings
+    of its largest term, which is below 4."""
+    logits = points(torch.float32)[::4]
+    target = torch.rand(len(logits), generator=torch.Generator().manual_seed(0))
+    loss, grad = evaluate(logits, target, alpha, gamma, kernel_device)
+    for x, t, got_loss, got_grad in zip(
+        *map(torch.Tensor.tolist, (logits, target, loss, grad)), strict=True
+    ):
+        true_loss, true_grad = (float(v) * alpha_of(alpha, t) for v in to_40_digits(x, t, gamma))
+        # As many units as for hard targets, in 2^-23; and half of one from 1 - t.
+        assert abs(got_loss - true_loss) <= 10 * 2.0**-23 * abs(true_loss)
+        scale = max(1.0, abs(true_loss))
+        assert abs(got_grad - true_grad) <= 10 * 2.0**-23 * scale
+
+
+def test_almost_hard_targets(kernel_device):
+    """What is left of a soft target's other half decides in the tail."""
+    logits = torch.tensor([-60.0, -30, -15, 15, 30, 60])
+    for t in (1e-30, 1e-10, 1e-5):
+        target = torch.full_like(logits, t)
+        loss, _ = evaluate(logits, target, -1, 0.5, kernel_device)
+        for x, got in zip(logits.tolist(), loss.tolist(), strict=True):
+            # A target of 1e-30 as a float32; the logarithm of 1 - p_t has units of 2^-18 there.
+            true, _ = to_40_digits(x, float(target[0]), 0.5)
+            assert abs(got - true) <= 2.0**-18 * true
+
+
+@by_branch
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
+def test_half_types_are_float32_rounded_once(kernel_device, dtype, gamma):
+    """Every finite bit pattern of the type, subnormal ones too."""
+    patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    logits = patterns[patterns.isfinite()]
+    for t in (0.0, 0.25, 1.0):
+        target = torch.full_like(logits, t)
+        narrow = evaluate(logits, target, 0.25, gamma, kernel_device)
+        wide = evaluate(logits.float(), target.float(), 0.25, gamma, kernel_device)
+        for got, want in zip(narrow, wide, strict=True):
+            assert got.dtype is dtype
+            assert torch.equal(got, want.to(dtype))
+
+
+@by_branch
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_name)
+def test_infinite_logits(kernel_device, dtype, gamma):
+    inf = math.inf
+    logits = torch.tensor([inf, inf, inf, -inf, -inf, -inf], dtype=dtype)
+    target = torch.tensor([0.0, 0.5, 1.0, 0.0, 0.5, 1.0], dtype=dtype)
+    loss, grad = evaluate(logits, target, -1, gamma, kernel_device)
+    assert loss.tolist() == [inf, inf, 0, 0, inf, inf]
+    # At half a target both sides have m = 1/2, and a slope of 1/2 that this weighs.
+    half = 0.5**gamma / 2
+    expected = torch.tensor([1, half, 0, 0, -half, -1], dtype=torch.float64)
+    torch.testing.assert_close(grad.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+@by_branch
+@pytest.mark.parametrize("position", [0, 40])
+@pytest.mark.parametrize("operand", [0, 1])
+def test_nan_reaches_its_element_only(kernel_device, operand, position, gamma):
+    operands = torch.ones(2, 41)
+    operands[operand][position] = math.nan
+    expected = torch.arange(41) == position
+    for result in evaluate(*operands, 0.25, gamma, kernel_device):
+        assert torch.equal(result.isnan(), expected)
+
+
+@pytest.mark.parametrize(("gamma", "gamma_neg"), [(0, 4), (1, 2), (2.5, 0), (4, 3)])
+def test_gamma_of_negatives(kernel_device, gamma, gamma_neg):
+    logits = points(torch.float32)
+    for t, of_target in ((1.0, gamma), (0.0, gamma_neg)):
+        target = torch.full_like(logits, t)
+        loss, grad = evaluate(logits, target, 0.25, gamma, kernel_device, gamma_neg)
+        true = [to_40_digits(x, t, of_target) for x in logits.tolist()]
+        w = alpha_of(0.25, t)
+        assert largest_ulp(loss, [value for value, _ in true], w) <= MAX_ULP
+        assert largest_ulp(grad, [value for _, value in true], w) <= MAX_ULP
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_name)
+def test_gamma_0_is_weighted_cross_entropy(kernel_device, dtype, alpha):
+    """To the bit."""
+    logits = (torch.randn(1000) * 10).to(kernel_device, dtype)
+    target = torch.rand(1000).round().to(kernel_device, dtype)
+    weight = torch.ones_like(target) if alpha < 0 else target.where(target == 0, alpha)
+    weight = weight.where(target == 1, weight + (0 if alpha < 0 else 1 - alpha))
+    focal = OPS.sigmoid_focal_loss_with_grad(logits, target, None, alpha, 0.0, 0.0, NONE)
+    plain = OPS.forward_with_grad(logits, target, weight, None, NONE)
+    for got, want in zip(focal, plain, strict=True):
+        assert torch.equal(got, want)
