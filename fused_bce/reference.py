@@ -47,7 +47,7 @@ def sigmoid_focal_loss(
     """As :func:`fused_bce.functional.sigmoid_focal_loss`, but for an ``alpha`` of None in the place
     of -1. In compiled code the numbers may be tensors."""
     check_focal_operands(input, target)
-    dtype = with_autocast(torch.result_type(input, target), input)
+    dtype = with_autocast(torch.promote_types(input.dtype, target.dtype), input)
     ignored = None if ignore_index is None else is_ignored(target, ignore_index)
     if ignored is not None:
         input, target = input.masked_fill(ignored, 0.0), target.masked_fill(ignored, 0)

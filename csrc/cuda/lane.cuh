@@ -10,14 +10,16 @@ struct Bits;
 template <>
 struct Bits<float> {
   using Int = int32_t;
-  static constexpr Int kSign = INT32_MIN;
+  static constexpr Int kSign = INT32_MIN, kBias = 127;
+  static constexpr int kMantissaBits = 23;
   static __device__ __forceinline__ Int of(float x) { return __float_as_int(x); }
   static __device__ __forceinline__ float number(Int bits) { return __int_as_float(bits); }
 };
 template <>
 struct Bits<double> {
   using Int = long long;
-  static constexpr Int kSign = LLONG_MIN;
+  static constexpr Int kSign = LLONG_MIN, kBias = 1023;
+  static constexpr int kMantissaBits = 52;
   static __device__ __forceinline__ Int of(double x) { return __double_as_longlong(x); }
   static __device__ __forceinline__ double number(Int bits) { return __longlong_as_double(bits); }
 };
@@ -44,7 +46,15 @@ struct Lane {
   friend FUSED_BCE_INLINE Lane flip_sign(Lane y, Lane x) {
     return Lane(Bits<T>::number(Bits<T>::of(y.v) ^ (Bits<T>::of(x.v) & Bits<T>::kSign)));
   }
-  friend FUSED_BCE_INLINE Lane minus_log(Lane a) { return Lane(-::log(a.v)); }
+  // See simd.h.
+  friend FUSED_BCE_INLINE Lane mantissa(Lane x) {
+    constexpr auto kOne = Bits<T>::kBias << Bits<T>::kMantissaBits;
+    constexpr auto kField = (typename Bits<T>::Int{1} << Bits<T>::kMantissaBits) - 1;
+    return Lane(Bits<T>::number((Bits<T>::of(x.v) & kField) | kOne));
+  }
+  friend FUSED_BCE_INLINE Lane minus_exponent(Lane x) {
+    return Lane(static_cast<T>(Bits<T>::kBias - (Bits<T>::of(x.v) >> Bits<T>::kMantissaBits)));
+  }
   friend FUSED_BCE_INLINE Lane product_rest(Lane a, Lane b, Lane y) {
     return Lane(::fma(a.v, b.v, -y.v));
   }

@@ -26,6 +26,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 import fused_bce
+from fused_bce.functional import sigmoid_focal_loss
 
 by_world_size = pytest.mark.parametrize("world_size", [2, 4])
 
@@ -374,6 +375,33 @@ def check_tensor_parallel():
     check_trained_as_alone(model, {}, loss_of_batch)
 
 
+def check_focal():
+    """Its numbers are no tensors, and must not come from an earlier call."""
+    for mesh in meshes():
+        for placements, gamma in itertools.product(placements_of(mesh), (2.0, 0.5, 1.0)):
+            for reduction in REDUCTIONS:
+                check_focal_shard(mesh, placements, gamma, reduction)
+
+
+def check_focal_shard(mesh, placements, gamma, reduction):
+    whole, (logits, target, weights) = draw_distributed(mesh, placements, (13, 9))
+    # Laid out otherwise than the logits: it has to be moved first.
+    elsewhere = [Replicate()] * mesh.ndim
+    for moved in (target, target.redistribute(placements=elsewhere)):
+        leaf = logits.detach().requires_grad_()
+        options = {"alpha": gamma / 4, "gamma": gamma, "reduction": reduction}
+        loss = sigmoid_focal_loss(leaf, moved, weight=weights["weight"], **options)
+        (loss.sum() if reduction == "none" else loss).backward()
+        case = f"{placements} {gamma} {reduction}"
+        assert "SigmoidFocalFunction" in loss.grad_fn.name(), case
+
+        x, t, w = widened(*whole)
+        exact = evaluate(sigmoid_focal_loss, x, t, weight=w["weight"], **options)
+        # A sum of a hundred elements in float32
+        for got, want in ((loss, exact.loss), (leaf.grad, exact.grad_logits)):
+            torch.testing.assert_close(got.full_tensor().double(), want, rtol=1e-5, atol=1e-6)
+
+
 def check_training():
     check_data_parallel()
     check_tensor_parallel()
@@ -382,6 +410,10 @@ def check_training():
 @by_world_size
 def test_dtensor(world_size, tmp_path):
     run(check_dtensor, world_size, tmp_path)
+
+
+def test_focal(tmp_path):
+    run(check_focal, 2, tmp_path)
 
 
 @by_world_size
