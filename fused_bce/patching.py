@@ -1,5 +1,6 @@
-"""The fused loss for code that nobody edits."""
+"""The fused losses for code that nobody edits."""
 
+import importlib
 from typing import cast
 
 import torch
@@ -9,7 +10,16 @@ from fused_bce import functional
 from fused_bce.modules import BCEWithLogitsLoss
 
 _torch_class = torch.nn.BCEWithLogitsLoss
-_originals: list = []  # what stood in the place of ours; empty while nothing is patched
+# Where torchvision looks its focal loss up: its public name, and names of their own in the models
+# that train with it.
+_OF_FOCAL = (
+    "torchvision.ops",
+    "torchvision.ops.focal_loss",
+    "torchvision.models.detection.retinanet",
+    "torchvision.models.detection.fcos",
+)
+# By module and name, what stood in the place of ours; empty while nothing is patched.
+_originals: dict = {}
 
 
 class patch:
@@ -23,6 +33,11 @@ class patch:
     ``forward`` looks the function up in each call, so that every instance takes the fused path,
     whenever it was made, and is still what ``isinstance`` and ``pickle`` expect. For the arguments
     that torch's class does not have, use :class:`fused_bce.BCEWithLogitsLoss`.
+
+    Args:
+        focal: whether also ``torchvision.ops.sigmoid_focal_loss`` is replaced, and with it the
+            classification loss of torchvision's RetinaNet and FCOS, which have that name in modules
+            of their own. Imports torchvision.
 
     Out of reach:
         - the function imported by name before, ``from torch.nn.functional import
@@ -42,17 +57,17 @@ class patch:
         True
     """
 
-    def __init__(self):
-        self._outermost = not _originals
-        _replace()
+    def __init__(self, *, focal: bool = False):
+        self._focal = focal
+        self._replaced = _replace(focal)
 
     def __enter__(self):
-        _replace()
+        self._replaced += _replace(self._focal)
         return self
 
     def __exit__(self, *exception):
-        if self._outermost:
-            unpatch()
+        _put_back(self._replaced)
+        self._replaced = []
 
 
 def unpatch() -> None:
@@ -63,14 +78,30 @@ def unpatch() -> None:
         >>> patched = fused_bce.patch()
         >>> fused_bce.unpatch()
     """
-    while _originals:
-        F.binary_cross_entropy_with_logits = _originals.pop()
+    _put_back(list(_originals))
 
 
-def _replace() -> None:
-    if not _originals:
-        _originals.append(F.binary_cross_entropy_with_logits)
-        F.binary_cross_entropy_with_logits = functional.binary_cross_entropy_with_logits
+def _replace(focal: bool) -> list:
+    """The places, modules and names, that were not replaced already."""
+    places: list = [(F, functional.binary_cross_entropy_with_logits)]
+    if focal:
+        modules = [importlib.import_module(name) for name in _OF_FOCAL]
+        places += [(module, functional.sigmoid_focal_loss) for module in modules]
+    replaced = []
+    for module, ours in places:
+        place = module, ours.__name__
+        if place not in _originals:
+            _originals[place] = getattr(*place)
+            setattr(module, ours.__name__, ours)
+            replaced.append(place)
+    return replaced
+
+
+def _put_back(places: list) -> None:
+    for place in places:
+        if place in _originals:
+            module, name = place
+            setattr(module, name, _originals.pop(place))
 
 
 def convert(model: torch.nn.Module, *, recompute: bool = False) -> torch.nn.Module:

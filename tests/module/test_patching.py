@@ -5,6 +5,7 @@ import io
 import pickle
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -250,3 +251,41 @@ def test_convert_while_patched():
     model = torch.nn.Sequential(TorchLoss())
     with fused_bce.patch():
         assert type(fused_bce.convert(model)[0]) is fused_bce.BCEWithLogitsLoss
+
+
+@pytest.fixture
+def torchvision_names(monkeypatch):
+    """The modules in which torchvision has its focal loss, without torchvision."""
+    names = ("ops", "ops.focal_loss", "models.detection.retinanet", "models.detection.fcos")
+    modules = {f"torchvision.{name}": types.ModuleType(name) for name in names}
+    for name, module in modules.items():
+        module.sigmoid_focal_loss = name
+        monkeypatch.setitem(sys.modules, name, module)
+    return modules
+
+
+def of_focal(modules) -> list:
+    return [module.sigmoid_focal_loss for module in modules.values()]
+
+
+def test_focal(torchvision_names):
+    ours = [fused_bce.functional.sigmoid_focal_loss] * 4
+    with fused_bce.patch():
+        assert of_focal(torchvision_names) == list(torchvision_names)
+        # A patch inside another puts back what it replaced itself.
+        with fused_bce.patch(focal=True):
+            assert of_focal(torchvision_names) == ours
+        assert of_focal(torchvision_names) == list(torchvision_names)
+        assert is_patched()
+    fused_bce.patch(focal=True)
+    assert of_focal(torchvision_names) == ours
+    fused_bce.unpatch()
+    assert of_focal(torchvision_names) == list(torchvision_names)
+
+
+def test_focal_without_torchvision(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.delitem(sys.modules, "torchvision.ops", raising=False)
+    with pytest.raises(ImportError, match="torchvision"):
+        fused_bce.patch(focal=True)
+    assert not is_patched()
