@@ -1,6 +1,7 @@
 """Every preset, by the name that --preset has for it."""
 
 from cases.extras import Extras
+from cases.focal import Focal
 from cases.goals import Goals
 from cases.heads import Heads
 from cases.ladder import Ladder
@@ -18,4 +19,5 @@ PRESETS: dict[str, Preset] = {
     "peers": Peers(),
     "extras": Extras(),
     "heads": Heads(),
+    "focal": Focal(),
 }

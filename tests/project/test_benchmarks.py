@@ -30,7 +30,7 @@ with pytest.MonkeyPatch.context() as monkeypatch:
     # Where the scripts find their modules
     monkeypatch.syspath_prepend(BENCHMARKS)
     import accuracy
-    from cases import extras, heads, peers, training, workloads
+    from cases import extras, focal, heads, peers, training, workloads
     from cases.base import DTYPES, REDUCTIONS, WEIGHTS, Case
     from cases.goal import Goal
     from cases.goals_cuda import cases_without_goals, cuda_goals
@@ -111,6 +111,8 @@ def small(monkeypatch):
     monkeypatch.setattr(training, "BATCH", {"cpu": 16, "cuda": 16})
     monkeypatch.setattr(extras, "SIZES", (2**10, 2**12))
     monkeypatch.setattr(heads, "SIZES", {"cpu": (2**16,), "cuda": (2**16,)})
+    for name, spec in focal.WORKLOADS.items():
+        monkeypatch.setitem(focal.WORKLOADS, name, dataclasses.replace(spec, shape=(16, 64)))
     monkeypatch.setattr(peers, "SIZES", {"cpu": (2**16,), "cuda": (2**16,)})
 
 
@@ -326,12 +328,24 @@ def check_heads(cases, output, _device):
     assert "peak count the logits of one head" in output
 
 
+def check_focal(cases, output, device):
+    for rows in cases.values():
+        size = getattr(torch, rows["fused"].dtype).itemsize
+        assert rows["fused"].bytes_per_element == 3 * size
+        # The gradient; the operations one by one keep several more.
+        assert 1024 * size <= rows["fused"].peak_bytes <= 1024 * size + 4096
+        assert rows["eager"].peak_bytes >= 5 * 1024 * size
+    assert "eager and compile have the operations of torchvision's" in output
+    assert ("of 2 met" in output) == (device == "cpu")
+
+
 # The contenders, and what is particular to the preset
 NAMED = {
     "workloads": (["fused", "eager", "compile", "stream", "copy"], check_workloads),
     "training": (["fused", "eager", "compile", "fused compile", "no loss"], check_training),
     "extras": (["fused", "eager", "compile", "fused plain", "stream", "copy"], check_extras),
     "heads": (["fused", "fused recompute", "eager", "compile"], check_heads),
+    "focal": (["fused", "eager", "compile", "stream", "copy"], check_focal),
 }
 
 
@@ -538,6 +552,22 @@ def test_accuracy(monkeypatch, tmp_path, device):
     assert_plotted(tmp_path, "")
 
 
+def test_accuracy_of_focal(monkeypatch, tmp_path, device):
+    monkeypatch.setattr(accuracy, "POINTS", 20)
+    path = tmp_path / "results.csv"
+    arguments = ["--loss", "focal", "--device", device, "--output", str(path)]
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", *arguments])
+    accuracy.main()
+    errors = {"fused": 0.0, "eager": 0.0}
+    for row in read_rows(path, kinds=[accuracy.AccuracyRow]):
+        # Where a third power of exp(-|x|) is normal
+        if abs(row.logits_from) <= 28:
+            errors[row.contender] = max(errors[row.contender], row.max_ulp)
+    assert errors["fused"] <= 8
+    assert errors["eager"] > 2**23
+    assert_plotted(tmp_path, "")
+
+
 @pytest.mark.parametrize("target", [0.0, 1.0])
 def test_true_values_of_accuracy(target):
     logits = np.array([-100.0, -17.25, -0.5, 0.0, 1.5, 90.0], dtype=np.float32)
@@ -558,6 +588,23 @@ def test_ulp_errors():
     got = np.array([1 + eps, 1.0, 2.0, 0.0], dtype=np.float32)
     true = np.array([1.0, 1.0 + eps / 2, 2 + 4 * eps, 2.0**-149])
     assert accuracy.ulp_errors(got, true).tolist() == [1.0, 0.5, 2.0, 1.0]
+
+
+@pytest.mark.parametrize("target", [0.0, 1.0])
+def test_true_values_of_focal_accuracy(target):
+    logits = np.array([-100.0, -17, -1, 0, 1, 17, 100], dtype=np.float32)
+    got = accuracy.true_focal_values(logits, target)
+    with mpmath.workdps(120):  # of which 1 - p loses 44
+        for i, x in enumerate(map(mpmath.mpf, logits.tolist())):
+
+            def loss(y):
+                p = 1 / (1 + mpmath.exp(-y))
+                alpha, p_t = (mpmath.mpf(0.25), p) if target else (mpmath.mpf(0.75), 1 - p)
+                return -alpha * (1 - p_t) ** 2 * mpmath.log(p_t)
+
+            # float64's own rounding, times 200 in an exponent
+            assert got["loss"][i] == pytest.approx(float(loss(x)), rel=1e-12)
+            assert got["gradient"][i] == pytest.approx(float(mpmath.diff(loss, x)), rel=1e-12)
 
 
 def test_bars():
