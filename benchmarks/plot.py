@@ -2,9 +2,9 @@
 
 python benchmarks/plot.py benchmarks/results/cpu-ladder.csv
 
-A ladder of sizes becomes one figure for each kind of call, workloads, training steps, extras and
-heads become bars, a file of accuracy.py the errors over the logits, a file of --alone the cost of
-an element over the sizes.
+A ladder of sizes becomes one figure for each kind of call, workloads, training steps, extras, heads
+and focal losses become bars, a file of accuracy.py the errors over the logits, one of --alone the
+cost of an element over the sizes.
 """
 
 import argparse

@@ -137,6 +137,10 @@ struct LossFunction : torch::autograd::Function<Function> {
             .ignore_nan = ctx.saved_data["ignore_nan"].toBool(),
             .divisor = optional(5)};
   }
+
+ private:
+  LossFunction() = default;
+  friend Function;
 };
 
 // Types of their own, for their names are those of the nodes in a graph.

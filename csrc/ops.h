@@ -22,18 +22,18 @@ using OptionalIndex = std::optional<int64_t>;
 struct Operands {
   FormulaId formula = FormulaId::kBinaryCrossEntropy;
   at::Tensor logits, target;
-  OptionalTensor weight;
-  OptionalTensor pos_weight;  // of binary cross entropy
-  Focal focal;                // of the focal loss
+  OptionalTensor weight = {};
+  OptionalTensor pos_weight = {};  // of binary cross entropy
+  Focal focal = {};                // of the focal loss
   int64_t reduction = at::Reduction::Mean;
   // Of the loss: see dtype_of_loss.
-  OptionalDtype dtype;
+  OptionalDtype dtype = {};
   // A number, in a tensor because a float would become a constant of a compiled graph.
-  OptionalTensor label_smoothing;
-  OptionalIndex ignore_index;
+  OptionalTensor label_smoothing = {};
+  OptionalIndex ignore_index = {};
   bool ignore_nan = false;
   // Of mean: the number of targets that are not ignored if absent.
-  OptionalTensor divisor;
+  OptionalTensor divisor = {};
   // For autograd: whether the gradient waits for backward.
   bool recompute = false;
 

@@ -20,7 +20,7 @@ exclude_patterns = [".*", "build", "dist", "demo-output"]
 
 # The navigation. It is no part of README.md, which is read without Sphinx, too.
 PAGES = {
-    "Using it": ["guide", "lightning", "transformers", "extras", "troubleshooting"],
+    "Using it": ["guide", "lightning", "transformers", "extras", "focal", "troubleshooting"],
     "What it does": ["fused", "guarantees", "accuracy", "speed", "how-it-works"],
     "Building it": ["install"],
     "Reference": ["reference"],

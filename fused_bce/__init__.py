@@ -1,5 +1,5 @@
 """Binary cross entropy with logits, loss and gradient in one pass: a drop-in for
-:class:`torch.nn.BCEWithLogitsLoss`."""
+:class:`torch.nn.BCEWithLogitsLoss`, and for the focal loss of torchvision."""
 
 import torch
 

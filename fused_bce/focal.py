@@ -89,7 +89,7 @@ def sigmoid_focal_loss(
         >>> loss = sigmoid_focal_loss(logits, torch.tensor([1.0, 0.0, 1.0]), reduction="sum")
         >>> loss.backward()
         >>> loss, logits.grad
-        (tensor(0.0344, grad_fn=<...>), tensor([-0.0522,  0.0387, -0.0017]))
+        (tensor(0.0343, grad_fn=<...>), tensor([-0.0345,  0.0394, -0.0012]))
     """
     reason = why_not_fused(inputs, targets, weight)
     if reason is not None and (isinstance(inputs, Proxy) or isinstance(targets, Proxy)):

@@ -1,4 +1,4 @@
-"""The fused loss inside libraries that train with torch's: patched, converted or passed in.
+"""The fused losses inside libraries that train with torch's: patched, converted or passed in.
 
 Every test trains three steps twice, with torch's loss and with ours, from the same seed and on the
 same data. The libraries are the extra ``clients``; without one of them its tests are skipped.
