@@ -19,10 +19,15 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 // What is not ignored is counted once, for forward and backward.
-OptionalTensor divisor_of(const Operands& o) {
-  if (o.divisor || !o.ignores() || o.reduction != at::Reduction::Mean) return o.divisor;
+bool needs_count(const Operands& o) {
+  return !o.divisor && o.ignores() && o.reduction == at::Reduction::Mean;
+}
+
+Operands counted(const Operands& given) {
   static const auto count = find_operator<decltype(count_kept)>("count_kept");
-  return count.call(o.target, o.ignore_index, o.ignore_nan);
+  Operands o = given;
+  o.divisor = count.call(o.target, o.ignore_index, o.ignore_nan);
+  return o;
 }
 
 bool has_tangent(const Tensor& t) { return t.defined() && t._fw_grad(/*level=*/0).defined(); }
@@ -69,8 +74,12 @@ struct LossFunction : torch::autograd::Function<Function> {
   static Tensor forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target,
                         const Operands& given) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    Operands o = given;
-    o.divisor = divisor_of(given);
+    if (needs_count(given)) return record(ctx, logits, target, counted(given));
+    return record(ctx, logits, target, given);
+  }
+
+  static Tensor record(AutogradContext* ctx, const Tensor& logits, const Tensor& target,
+                       const Operands& o) {
     // Unpacked in every backward, so that in-place edits are noticed.
     ctx->save_for_backward({logits, target, o.weight.value_or(Tensor()),
                             o.pos_weight.value_or(Tensor()), o.label_smoothing.value_or(Tensor()),
@@ -181,10 +190,8 @@ Tensor autograd(const Operands& operands) {
   return differentiable<BCEWithLogitsFunction, BinaryCrossEntropyOperators>(operands);
 }
 
-Tensor differentiable_backward(const Tensor& grad_loss, const Operands& given) {
-  Operands o = given;
-  o.divisor = divisor_of(given);
-  return grad_of_logits(grad_loss, o);
+Tensor differentiable_backward(const Tensor& grad_loss, const Operands& operands) {
+  return grad_of_logits(grad_loss, needs_count(operands) ? counted(operands) : operands);
 }
 
 Tensor scaled_by_torch(const Tensor& stored, const Tensor& grad_loss, bool zero_stays) {

@@ -377,10 +377,10 @@ def check_tensor_parallel():
 
 def check_focal():
     """Its numbers are no tensors, and must not come from an earlier call."""
-    for mesh in meshes():
-        for placements, gamma in itertools.product(placements_of(mesh), (2.0, 0.5, 1.0)):
-            for reduction in REDUCTIONS:
-                check_focal_shard(mesh, placements, gamma, reduction)
+    (mesh,) = meshes()
+    for placements, reduction in itertools.product(placements_of(mesh), ("none", "mean")):
+        for gamma in (2.0, 0.5):
+            check_focal_shard(mesh, placements, gamma, reduction)
 
 
 def check_focal_shard(mesh, placements, gamma, reduction):

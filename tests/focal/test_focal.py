@@ -189,7 +189,7 @@ def test_sums(reduction, instruction_set):
 @pytest.mark.parametrize("options", [{}, {"gamma": 1.5}, {"gamma": 0.5, "gamma_neg": 3}])
 @by_reduction
 def test_gradcheck(reduction, options, device):
-    logits, target = draw((3, 4), device, torch.float64, torch.float64)
+    logits, target = draw((2, 2), device, torch.float64, torch.float64)
     target = target.clamp(0.1, 0.9)  # numerical differences leave [0, 1] else
     operands = logits.requires_grad_(), target.requires_grad_()
 

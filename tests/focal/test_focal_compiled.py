@@ -7,6 +7,7 @@ import pytest
 import torch
 from focal_reference import by_torchvision
 from helpers import by_reduction, evaluate
+from torch._dynamo import compiled_autograd
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import default_decompositions, export
@@ -242,3 +243,15 @@ def test_make_fx(tracing_mode, device):
         logits, target
     )
     assert_close(traced(logits, target), exact(logits, target, {}).loss)
+
+
+def test_compiled_autograd(device):
+    """It takes gamma from what the node has saved, not from an earlier node."""
+    logits, target, _ = batch(device, {})
+    logits.requires_grad_()
+    for gamma in (2.0, 0.5):
+        expected = evaluate(sigmoid_focal_loss, logits, target, gamma=gamma).grad_logits
+        logits.grad = None
+        with compiled_autograd._enable(torch.compile(backend="eager")):
+            sigmoid_focal_loss(logits, target, gamma=gamma).sum().backward()
+        assert torch.equal(logits.grad, expected)
