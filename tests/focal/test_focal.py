@@ -85,9 +85,18 @@ def assert_near(got, want, roundings=16):
 
 
 @by_options
+@by_reduction
+def test_any_call(reduction, options, device):
+    check_call(reduction, torch.float32, torch.float32, options, device)
+
+
 @by_dtype_pair
 @by_reduction
-def test_any_call(reduction, logits_dtype, target_dtype, options, device):
+def test_any_dtypes(reduction, logits_dtype, target_dtype, device):
+    check_call(reduction, logits_dtype, target_dtype, OPTIONS["power"], device)
+
+
+def check_call(reduction, logits_dtype, target_dtype, options, device):
     logits, target, options = batch(device, options, logits_dtype, target_dtype)
     got = evaluate(
         sigmoid_focal_loss, logits, target, reduction=reduction, target_grad=True, **options
