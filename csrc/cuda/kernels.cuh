@@ -385,12 +385,14 @@ auto kernel_of(Variant variant) {
   return kernel;
 }
 
-// Mean and sum in float have all variants. Without weights integers go with kExtras.
+// Mean and sum of cross entropy in float have all variants. Without weights integers go with
+// kExtras.
 template <class Formula, class L, class T, Pass kPass>
 auto choose_kernel(const Arguments& a) {
   using S = Shape<L, T, kPass, Variant::kGeneral>;
   const Variant variant = variant_of<S::kVector>(a);
-  constexpr bool kFew = has_losses(kPass) || std::is_same_v<typename S::C, double>;
+  constexpr bool kFew = has_losses(kPass) || std::is_same_v<typename S::C, double> ||
+                        !std::is_same_v<Formula, BinaryCrossEntropy>;
   if constexpr (S::kAnyTarget || (kFew && std::is_integral_v<T>))
     return kernel_of<Formula, L, T, kPass>(variant);
   else if constexpr (std::is_integral_v<T>)
