@@ -2,7 +2,11 @@
 
 import pytest
 import torch
-from helpers import why_no_cuda
+from helpers import EMULATES_CUDA, why_no_cuda
+
+from fused_bce import _C
+
+KERNELS = ["emulated cuda"] if EMULATES_CUDA else [*_C.instruction_sets(), "cuda"]
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -11,6 +15,20 @@ def device(request) -> str:
     if request.param == "cuda" and (reason := why_no_cuda()):
         pytest.skip(reason)
     return request.param
+
+
+@pytest.fixture(params=KERNELS)
+def kernel_device(request):
+    """The device to run on, with each instruction set of the CPU forced in turn."""
+    if request.param == "cuda" and (reason := why_no_cuda()):
+        pytest.skip(reason)
+    if request.param not in _C.instruction_sets():
+        yield "cpu" if EMULATES_CUDA else "cuda"
+        return
+    before = _C.current_instruction_set()
+    _C.use_instruction_set(request.param)
+    yield "cpu"
+    _C.use_instruction_set(before)
 
 
 @pytest.fixture(autouse=True, scope="session")

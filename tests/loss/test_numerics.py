@@ -12,11 +12,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from helpers import EMULATES_CUDA, why_no_cuda
 
-from fused_bce import _C
-
-KERNELS = ["emulated cuda"] if EMULATES_CUDA else [*_C.instruction_sets(), "cuda"]
 NONE, MEAN, SUM = range(3)
 forward_op = torch.ops.fused_bce.binary_cross_entropy_with_logits
 backward_op = torch.ops.fused_bce.backward
@@ -25,20 +21,6 @@ POS_WEIGHTS = [None, 0.01, 0.3, 1.0, 3.7, 100.0]
 # 1 ULP.
 MAX_ULP = 7.0 if os.environ.get("EMULATOR_SEED") else 4.0
 SMALLEST_NORMAL = {torch.float32: 2.0**-126, torch.float64: 2.0**-1022}
-
-
-@pytest.fixture(params=KERNELS)
-def kernel_device(request):
-    """The device to run on, with each instruction set of the CPU forced in turn."""
-    if request.param == "cuda" and (reason := why_no_cuda()):
-        pytest.skip(reason)
-    if request.param not in _C.instruction_sets():
-        yield "cpu" if EMULATES_CUDA else "cuda"
-        return
-    before = _C.current_instruction_set()
-    _C.use_instruction_set(request.param)
-    yield "cpu"
-    _C.use_instruction_set(before)
 
 
 def losses_and_gradients(logits, target, pos_weight, device):
