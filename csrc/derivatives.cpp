@@ -43,7 +43,7 @@ Tensor zero_where_ignored(Tensor t, const Operands& o) {
 Tensor logits_of(const Operands& o) { return zero_where_ignored(widened(o.logits, o), o); }
 
 Tensor smoothed_target_of(const Operands& o) {
-  const Tensor t = zero_where_ignored(widened(o.target, o), o);
+  Tensor t = zero_where_ignored(widened(o.target, o), o);
   if (!o.label_smoothing) return t;
   return t * at::rsub(*o.label_smoothing, 1) + *o.label_smoothing / 2;
 }
