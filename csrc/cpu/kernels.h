@@ -307,18 +307,20 @@ double run_range(const Formula& formula, const Problem& p, int64_t begin, int64_
   return sum;
 }
 
-// Half types are read as they are; every other target is brought to the arithmetic's type.
+// Half types are read as they are by cross entropy, whose arithmetic is short beside a conversion;
+// everything else is brought to the arithmetic's type.
 template <class Formula>
 double run_any(const Formula& formula, const Problem& p, int64_t begin, int64_t end) {
-  const bool alike = p.logits.dtype == p.target.dtype;
   if (computes_in_double(p)) return run_range<double, double, double>(formula, p, begin, end);
-  if (has_extras(p)) return run_range<float, float, float>(formula, p, begin, end);
-  if (p.logits.dtype == DType::kBFloat16)
-    return alike ? run_range<float, BFloat16, BFloat16>(formula, p, begin, end)
-                 : run_range<float, BFloat16, float>(formula, p, begin, end);
-  if (p.logits.dtype == DType::kFloat16)
-    return alike ? run_range<float, Float16, Float16>(formula, p, begin, end)
-                 : run_range<float, Float16, float>(formula, p, begin, end);
+  if constexpr (std::is_same_v<Formula, BinaryCrossEntropy>) {
+    const bool alike = p.logits.dtype == p.target.dtype;
+    if (!has_extras(p) && p.logits.dtype == DType::kBFloat16)
+      return alike ? run_range<float, BFloat16, BFloat16>(formula, p, begin, end)
+                   : run_range<float, BFloat16, float>(formula, p, begin, end);
+    if (!has_extras(p) && p.logits.dtype == DType::kFloat16)
+      return alike ? run_range<float, Float16, Float16>(formula, p, begin, end)
+                   : run_range<float, Float16, float>(formula, p, begin, end);
+  }
   return run_range<float, float, float>(formula, p, begin, end);
 }
 
