@@ -33,6 +33,7 @@ by_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 # torch's own, in its compiler, in opcheck and in torch.export
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated"),
