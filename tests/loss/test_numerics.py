@@ -156,7 +156,8 @@ def test_soft_targets(kernel_device, pos_weight):
     p = 1.0 if pos_weight is None else float(np.float32(pos_weight))
     sigmoid = torch.sigmoid(logits.double()).numpy()
     true = (1 - t) * sigmoid - p * t * torch.sigmoid(torch.from_numpy(-x)).numpy()
-    assert np.abs(grad - true).max() <= 1.5e-7 * max(1.0, p)
+    # Wider by as much as MAX_ULP where approximations err on purpose.
+    assert np.abs(grad - true).max() <= 1.5e-7 * max(1.0, p) * MAX_ULP / 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
