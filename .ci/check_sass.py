@@ -3,11 +3,12 @@
     python .ci/check_sass.py fused_bce/_C*.so
 
 For float32 and bfloat16, with targets of the same dtype, bool or int64, each variant of the kernel
-but the general one, and each GPU architecture in the build: the loop that does the work must load
-and store 128 bits at a time, use no local memory (so no register is spilled), and take few
-instructions an element; the last block must have many of the sums it adds up under way. Needs
-cuobjdump and nvdisasm (from PyPI: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm, for which this looks
-beside the installed packages). Exits with 1 if a check fails or a kernel is not found.
+but the general one (of the focal loss the plain one, with targets of the same dtype), and each GPU
+architecture in the build: the loop that does the work must load and store 128 bits at a time, use
+no local memory (so no register is spilled), and take few instructions an element; the last block
+must have many of the sums it adds up under way. Needs cuobjdump and nvdisasm (from PyPI:
+nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm, for which this looks beside the installed packages).
+Exits with 1 if a check fails or a kernel is not found.
 """
 
 import os
@@ -20,22 +21,26 @@ from pathlib import Path
 
 # The place in enum Variant. Rows read one weight for a vector of elements.
 VARIANTS = {"plain": 0, "extras": 1, "columns": 2, "rows": 3}
-# Mangled dtypes and most instructions an element, plain and in the other variants. At the full
-# bandwidth of a Hopper GPU there is time for 106, 53, 80, 44, 141 and 106.
+# Formula, mangled dtypes, elements of 128 bits, and most instructions an element, plain and in the
+# other variants. At the full bandwidth of a Hopper GPU there is time for 106, 53, 80, 44, 141, 106,
+# 106 and 53. Of the focal loss an element takes one of several branches.
+BCE, FOCAL = "18BinaryCrossEntropy", "12SigmoidFocal"
 KERNELS = {
-    "float32": ("ff", 33, 44),
-    "bfloat16": ("13__nv_bfloat16S2_", 35, 44),
-    "float32, bool targets": ("fNS_7BooleanE", 35, 44),
-    "bfloat16, bool targets": ("13__nv_bfloat16NS_7BooleanE", 36, 44),
-    "float32, int64 targets": ("fl", None, 45),
-    "bfloat16, int64 targets": ("13__nv_bfloat16l", None, 45),
+    "float32": (BCE, "ff", 4, 33, 44),
+    "bfloat16": (BCE, "13__nv_bfloat16S2_", 8, 35, 44),
+    "float32, bool targets": (BCE, "fNS_7BooleanE", 4, 35, 44),
+    "bfloat16, bool targets": (BCE, "13__nv_bfloat16NS_7BooleanE", 8, 36, 44),
+    "float32, int64 targets": (BCE, "fl", 4, None, 45),
+    "bfloat16, int64 targets": (BCE, "13__nv_bfloat16l", 8, None, 45),
+    "focal, float32": (FOCAL, "ff", 4, 200, None),
+    "focal, bfloat16": (FOCAL, "13__nv_bfloat16S2_", 8, 200, None),
 }
 LEAST_SUMS = 8
 
 
-def mangled(dtypes: str, variant: int) -> str:
+def mangled(formula: str, dtypes: str, variant: int) -> str:
     """Pass 1 is kSumAndGrad."""
-    return f"loss_kernelINS_18BinaryCrossEntropyE{dtypes}LNS_4PassE1ELNS_7VariantE{variant}E"
+    return f"loss_kernelINS_{formula}E{dtypes}LNS_4PassE1ELNS_7VariantE{variant}E"
 
 
 def run_cuobjdump(*arguments: str) -> str:
@@ -95,17 +100,18 @@ def sums_under_way(body: str) -> int:
     return most
 
 
-def problems_of(body: str, rows: bool, most_instructions: int) -> list[str]:
+def problems_of(body: str, rows: bool, lanes: int, most_instructions: int) -> list[str]:
     loop = hot_loop(body)
     if not loop:
         return ["no loop with 128-bit stores"]
-    per_element = len(loop) / count(loop, "MUFU.EX2")
+    elements = count(loop, "STG") * lanes
+    per_element = len(loop) / elements
     # Dense operands pass by once: "evict first".
     narrow = count(loop, rf"(LDG{'.*EF' if rows else ''}|STG)(?!.*\.128)")
     local = count(loop, r"\b(LDL|STL)\b")
     print(
         f"{per_element:.1f} instructions an element, {count(loop, 'LDG.*128')} loads and "
-        f"{count(loop, 'STG')} stores of 128 bits for {count(loop, 'MUFU.EX2')} elements"
+        f"{count(loop, 'STG')} stores of 128 bits for {elements} elements"
     )
     return [
         text
@@ -124,19 +130,21 @@ def main(path: str) -> int:
     sass = functions(run_cuobjdump("-sass", path))
     usage = functions(run_cuobjdump("-res-usage", path))
     failures = 0
-    for (dtypes, (types, plain, others)), (variant, number) in product(
+    for (dtypes, (formula, types, lanes, plain, others)), (variant, number) in product(
         KERNELS.items(), VARIANTS.items()
     ):
         most_instructions = others if number else plain
         if most_instructions is None:
             continue
-        matches = {key: body for key, body in sass.items() if mangled(types, number) in key[1]}
+        matches = {
+            key: body for key, body in sass.items() if mangled(formula, types, number) in key[1]
+        }
         if not matches:
             print(f"{dtypes}, {variant}: no such kernel in {path}")
             failures += 1
         for (arch, name), body in matches.items():
             print(f"{dtypes}, mean, {variant}, {arch}: ", end="")
-            problems = problems_of(body, variant == "rows", most_instructions)
+            problems = problems_of(body, variant == "rows", lanes, most_instructions)
             registers = re.search(r"REG:(\d+) STACK:(\d+)", usage[arch, name])
             print(f"  {registers[1]} registers, {registers[2]} bytes of stack")
             if int(registers[2]):
