@@ -1,13 +1,13 @@
 // The gradient wiring: what runs in forward, what in backward.
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/where.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
 
 #include "derivatives.h"
 #include "operators.h"
+#include "stored_gradients.h"
 
 namespace fused_bce {
 
@@ -28,34 +28,6 @@ Operands counted(const Operands& given) {
   Operands o = given;
   o.divisor = count.call(o.target, o.ignore_index, o.ignore_nan);
   return o;
-}
-
-bool has_tangent(const Tensor& t) { return t.defined() && t._fw_grad(/*level=*/0).defined(); }
-
-// Under vmap and forward-mode differentiation a number is more than the numbers in memory.
-bool is_transformed(const Tensor& t) {
-  constexpr c10::DispatchKeySet kBatched(
-      {c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched});
-  return t.key_set().has_any(kBatched) || has_tangent(t);
-}
-
-// A float64 grad_loss is rounded first, as scale_ does: it would widen the product.
-Tensor factor_for(const Tensor& stored, const Tensor& grad_loss) {
-  return grad_loss.scalar_type() == at::kDouble ? grad_loss.to(at_least_float(stored.scalar_type()))
-                                                : grad_loss;
-}
-
-// stored * grad_loss, in place if nobody else holds it; compiled autograd does.
-Tensor scaled(Tensor stored, const Tensor& grad_loss, bool zero_stays) {
-  const bool shared = stored.use_count() > 1;
-  // A trace or a shard: in torch's own words, which compilers fuse and DTensor knows.
-  if (stored.key_set().has_any(c10::python_ks))
-    return shared || zero_stays ? scaled_by_torch(stored, grad_loss, zero_stays)
-                                : stored.mul_(factor_for(stored, grad_loss));
-  if (shared) stored = stored.clone();
-  static const auto scale = find_operator<decltype(scale_)>("scale_");
-  scale.call(stored, grad_loss, zero_stays);
-  return stored;
 }
 
 // Whether the gradient is computed in the forward pass and kept for backward. Not in float16, where
@@ -192,11 +164,6 @@ Tensor autograd(const Operands& operands) {
 
 Tensor differentiable_backward(const Tensor& grad_loss, const Operands& operands) {
   return grad_of_logits(grad_loss, needs_count(operands) ? counted(operands) : operands);
-}
-
-Tensor scaled_by_torch(const Tensor& stored, const Tensor& grad_loss, bool zero_stays) {
-  const Tensor scaled = (stored * factor_for(stored, grad_loss)).to(stored.scalar_type());
-  return zero_stays ? at::where(stored == 0, stored, scaled) : scaled;
 }
 
 }  // namespace fused_bce

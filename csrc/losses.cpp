@@ -12,6 +12,7 @@
 #include "operands.h"
 #include "ops.h"
 #include "problem.h"
+#include "stored_gradients.h"
 
 namespace fused_bce {
 

@@ -108,8 +108,8 @@ Tensor anchor_of(const Tensor& t) { return in_layout(t, dense_strides(t)); }
 
 Tensor along_walk(const Tensor& t, const Tensor& anchor) { return in_layout(t, anchor.strides()); }
 
-Tensor allocate_like(const Tensor& anchor, at::ScalarType dtype) {
-  return allocate(anchor.sizes(), anchor.strides(), anchor.options().dtype(dtype));
+Tensor allocate_like(const Tensor& t, at::ScalarType dtype) {
+  return allocate(t.sizes(), dense_strides(t), t.options().dtype(dtype));
 }
 
 Broadcast broadcast_along(const char* name, Tensor& t, const Tensor& anchor, bool in_double) {

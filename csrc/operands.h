@@ -22,7 +22,8 @@ at::Tensor in_layout(const at::Tensor& t, at::IntArrayRef strides);
 // The walk goes through memory in the order of this tensor, which is `t` or a dense copy.
 at::Tensor anchor_of(const at::Tensor& t);
 at::Tensor along_walk(const at::Tensor& t, const at::Tensor& anchor);
-at::Tensor allocate_like(const at::Tensor& anchor, at::ScalarType dtype);
+// With these strides, the dense ones
+at::Tensor allocate_like(const at::Tensor& t, at::ScalarType dtype);
 
 // `t` as an operand of the walk, not materialised if it varies along one (merged) dimension only.
 // What it refers to is kept alive in `t`.

@@ -55,9 +55,6 @@ void scale_(at::Tensor& grad_logits, const at::Tensor& grad_loss, bool zero_stay
 at::Tensor autograd(const Operands& operands);
 // What backward is in torch's operations, hence differentiable.
 at::Tensor differentiable_backward(const at::Tensor& grad_loss, const Operands& operands);
-// stored * grad_loss, rounded as by scale_, in torch's operations.
-at::Tensor scaled_by_torch(const at::Tensor& stored, const at::Tensor& grad_loss, bool zero_stays);
-
 inline bool is_integer(at::ScalarType type) {
   return at::isIntegralType(type, /*includeBool=*/true);
 }
