@@ -139,7 +139,7 @@ def extension():
     check_compiler()
     options = {
         "name": "fused_bce._C",
-        "sources": sources("", ".cpp") + sources("cpu", ".cpp"),
+        "sources": [path for folder in ("", "head", "cpu") for path in sources(folder, ".cpp")],
         "include_dirs": [pybind11.get_include()],
         "depends": [str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.*h")],
         "extra_compile_args": {"cxx": compile_args()},

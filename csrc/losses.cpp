@@ -157,6 +157,9 @@ struct Call {
     return grad_logits;
   }
 
+  // Each element is read before it is written.
+  void overwrite_logits() { problem.grad_logits = logits.mutable_data_ptr(); }
+
   // In the dtype of the caller's logits, and in their layout, which the walk may not have had.
   static Tensor finished(const Tensor& grad_logits, const Tensor& logits) {
     return in_layout(grad_logits.to(logits.scalar_type()), dense_strides(logits));
@@ -209,6 +212,16 @@ Tensor forward(const Operands& operands) {
 
 std::tuple<Tensor, Tensor> forward_with_grad(const Operands& operands) {
   return run_forward(operands, /*with_grad=*/true);
+}
+
+Tensor forward_over_logits(const Operands& o) {
+  check_operands(o);
+  Call call(o.logits, o);
+  Tensor loss = call.new_loss(dtype_of_loss(o));
+  call.overwrite_logits();
+  call.launch();
+  if (!call.logits.is_same(o.logits)) o.logits.copy_(call.logits);
+  return loss;
 }
 
 void scale_(Tensor& grad_logits, const Tensor& grad_loss, bool zero_stays) {

@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
+#include "head/linear_operands.h"
 #include "ops.h"
 
 namespace fused_bce::meta {
@@ -35,5 +36,21 @@ inline at::Tensor count_kept(const at::Tensor& target, OptionalIndex, bool) {
 }
 
 inline void scale_(at::Tensor&, const at::Tensor&, bool) {}
+
+inline LinearLoss linear_loss(const LinearOperands& o, Wanted wanted, const OptionalTensor&) {
+  check_linear(o);
+  const auto options = o.input.options();
+  const auto sum = [&](bool of, const at::Tensor& like) {
+    const auto wide = options.dtype(o.wide_dtype());
+    return of ? at::empty_symint(like.sym_sizes(), wide) : at::empty({0}, wide);
+  };
+  return {at::empty({}, options.dtype(o.loss_dtype())), sum(wanted[0], o.input),
+          wanted[1] ? at::empty_like(o.linear_weight) : at::empty({0}, o.linear_weight.options()),
+          sum(wanted[2], o.linear_bias.value_or(o.input))};
+}
+
+inline at::Tensor linear_loss_only(const LinearOperands& o) {
+  return meta::linear_loss(o, {}, {}).loss;
+}
 
 }  // namespace fused_bce::meta

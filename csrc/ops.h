@@ -45,6 +45,8 @@ struct Operands {
 at::Tensor forward(const Operands& operands);
 std::tuple<at::Tensor, at::Tensor> forward_with_grad(const Operands& operands);
 at::Tensor backward(const at::Tensor& grad_loss, const Operands& operands);
+// The loss; its gradient takes the place of the logits.
+at::Tensor forward_over_logits(const Operands& operands);
 // How many targets are not ignored, a float64 number.
 at::Tensor count_kept(const at::Tensor& target, OptionalIndex ignore_index, bool ignore_nan);
 // grad_logits *= grad_loss, one number or one for each element; whether a 0 stays 0 whatever that

@@ -1,7 +1,10 @@
 // Every operator of this package: its schema, and what runs for which dispatch key.
 #include <torch/library.h>
 
+#include <string>
+
 #include "autocast.h"
+#include "head/linear_operands.h"
 #include "meta.h"
 #include "operators.h"
 
@@ -45,6 +48,26 @@ void implement() {
       .impl(Loss::kDifferentiableBackward, &Loss::template grad<differentiable_backward>);
 }
 
+void implement_linear() {
+  using Head = LinearOperators;
+  for (const auto key : kBackends) {
+    torch::Library& backend = implementations(key);
+    backend.impl(Head::kLoss, &Head::loss<linear_loss_only>);
+    backend.impl(Head::kLossAndGrads, &Head::loss_and_grads<linear_loss>);
+  }
+  torch::Library& meta = implementations(c10::DispatchKey::Meta);
+  meta.impl(Head::kLoss, &Head::loss<meta::linear_loss_only>);
+  meta.impl(Head::kLossAndGrads, &Head::loss_and_grads<meta::linear_loss>);
+
+  implementations(c10::DispatchKey::Autograd).impl(Head::kLoss, &Head::loss<linear_autograd>);
+  implementations(c10::DispatchKey::AutocastCPU)
+      .impl(Head::kLoss, &Head::loss<linear_autocast<c10::kCPU>>);
+  implementations(c10::DispatchKey::AutocastCUDA)
+      .impl(Head::kLoss, &Head::loss<linear_autocast<c10::kCUDA>>);
+  implementations(c10::DispatchKey::CompositeImplicitAutograd)
+      .impl(Head::kDifferentiableBackward, &Head::grads<linear_derivatives>);
+}
+
 }  // namespace
 
 void register_ops() {
@@ -86,11 +109,23 @@ void register_ops() {
       "Tensor? weight, float alpha, float gamma, float gamma_neg, int reduction, "
       "Tensor? label_smoothing=None, int? ignore_index=None, bool ignore_nan=False, "
       "Tensor? divisor=None) -> Tensor");
+  const std::string linear =
+      "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
+      "Tensor? offsets=None, Tensor? values=None, Tensor? weight=None, Tensor? pos_weight=None, "
+      "int reduction=1, ScalarType? dtype=None, Tensor? label_smoothing=None, "
+      "int? ignore_index=None, bool ignore_nan=False, Tensor? divisor=None, int chunk_bytes=0) -> ";
+  const auto def = [&](const std::string& schema) { definitions.def(schema.c_str()); };
+  def("linear_binary_cross_entropy_with_logits(" + linear + "Tensor");
+  def("linear_binary_cross_entropy_with_grads(bool[3] wanted, Tensor? grad_loss, " + linear +
+      "(Tensor loss, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  def("linear_binary_cross_entropy_differentiable_backward(bool[3] wanted, Tensor grad_loss, " +
+      linear + "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
   definitions.def("count_kept(Tensor target, int? ignore_index, bool ignore_nan=False) -> Tensor");
   definitions.def("scale_(Tensor(a!) grad_logits, Tensor grad_loss, bool zero_stays=False) -> ()");
 
   implement<BinaryCrossEntropyOperators>();
   implement<SigmoidFocalOperators>();
+  implement_linear();
   for (const auto key : kBackends) {
     torch::Library& backend = implementations(key);
     backend.impl("count_kept", &count_kept);

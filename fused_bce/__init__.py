@@ -23,15 +23,19 @@ from fused_bce import functional
 from fused_bce.autograd import BCEWithLogitsFunction
 from fused_bce.dispatch import why_not_fused
 from fused_bce.focal import SigmoidFocalLoss
+from fused_bce.head import LinearBCEWithLogitsLoss
 from fused_bce.lowering import decomposition_table
 from fused_bce.modules import BCEWithLogitsLoss
 from fused_bce.patching import convert, patch, unpatch
+from fused_bce.sparse import SparseTarget
 
 __version__ = "0.1.0"
 __all__ = [
     "BCEWithLogitsFunction",
     "BCEWithLogitsLoss",
+    "LinearBCEWithLogitsLoss",
     "SigmoidFocalLoss",
+    "SparseTarget",
     "build_info",
     "convert",
     "decomposition_table",

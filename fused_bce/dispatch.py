@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fused_bce import _C
 from fused_bce.registrations import constant_in_graphs, ensure_sharding
+from fused_bce.sparse import SparseTarget, as_sparse
 
 logger = logging.getLogger("fused_bce")
 
@@ -50,14 +51,19 @@ _NOT_PLAIN = ~(_plain_keys() | (_CUDA_KEYS if _CUDA_ARCHS else 0))
 
 def why_not_fused(
     input: Tensor,
-    target: Tensor,
+    target: Tensor | SparseTarget,
     weight: Tensor | None = None,
     pos_weight: Tensor | None = None,
+    *,
+    linear_weight: Tensor | None = None,
+    linear_bias: Tensor | None = None,
 ) -> str | None:
     """The reason why this call would be left to torch's own function; None if it is fused.
 
     The arguments are those of :func:`torch.nn.functional.binary_cross_entropy_with_logits`, with
-    the same shapes and dtypes. Bad arguments are a reason too: torch's function raises the error.
+    the same shapes and dtypes, or with ``linear_weight`` those of
+    :func:`fused_bce.functional.linear_binary_cross_entropy_with_logits`. Bad arguments are a reason
+    too: torch's function raises the error.
 
     The first call that is not fused for some reason also logs it, once, to the logger
     ``fused_bce`` at level INFO.
@@ -68,18 +74,25 @@ def why_not_fused(
         >>> why_not_fused(torch.zeros(3), torch.zeros(3, dtype=torch.complex64))
         'target has dtype torch.complex64'
     """
+    if linear_weight is not None:
+        return why_not_linear(
+            input, linear_weight, linear_bias, as_sparse(target), weight, pos_weight
+        )
+    target = as_sparse(target)
+    if isinstance(target, SparseTarget):
+        target = target.like_dense()
+    return why_not_dense(input, target, weight, pos_weight)
+
+
+def why_not_dense(
+    input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None
+) -> str | None:
+    """The same for the loss of logits and a dense target."""
     if torch.compiler.is_compiling():
         return _why_not_traced(input, target, weight, pos_weight)
-    if has_torch_function_variadic(input, target, weight, pos_weight) and not _only_default_device(
-        input, target, weight, pos_weight
-    ):
-        return "a tensor subclass or mode overrides torch functions"
-    if _functorch_level() is not None:
-        return "inside a torch.func transform"
-    if forward_ad._current_level >= 0:
-        return "inside forward-mode differentiation"
-    if _tracing_state() is not None:
-        return "inside torch.jit.trace"
+    reason = _why_not_here(input, target, weight, pos_weight)
+    if reason is not None:
+        return reason
     try:
         input_keys, target_keys = _keys(input).raw_repr(), _keys(target).raw_repr()
     except TypeError:
@@ -108,17 +121,63 @@ def why_not_fused(
     return None
 
 
+def _why_not_here(*operands: Tensor | None) -> str | None:
+    """What of the surroundings of a call the kernels do not cover."""
+    if has_torch_function_variadic(*operands) and not _only_default_device(*operands):
+        return "a tensor subclass or mode overrides torch functions"
+    if _functorch_level() is not None:
+        return "inside a torch.func transform"
+    if forward_ad._current_level >= 0:
+        return "inside forward-mode differentiation"
+    if _tracing_state() is not None:
+        return "inside torch.jit.trace"
+    return None
+
+
+def why_not_linear(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor | SparseTarget,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+) -> str | None:
+    """The same for a linear layer and the loss of its logits."""
+    of_target: tuple[Tensor | None, ...]
+    if isinstance(target, SparseTarget):
+        of_target = target.indices, target.offsets, target.values
+    else:
+        of_target = (target,)
+    operands = input, linear_weight, linear_bias, *of_target, weight, pos_weight
+    traced = torch.compiler.is_compiling()
+    reason = _why_not_here_traced(*operands) if traced else _why_not_here(*operands)
+    if reason is not None:
+        return reason
+    given = [t for t in operands if t is not None]
+    if not all(isinstance(t, Tensor) for t in given):
+        return "an operand is not a tensor"
+    sharded = are_shards(input, linear_weight)
+    for tensor in given:
+        if not (traced or sharded) and _keys(tensor).raw_repr() & _NOT_PLAIN:
+            return _what_is(tensor, "an operand")
+        if traced and (tensor.layout is not torch.strided or tensor.is_nested):
+            return "an operand is not an ordinary tensor"
+        if tensor.device != input.device and not (tensor.is_cpu and tensor.dim() == 0):
+            return "operands are on different devices"
+    if input.is_cuda and not traced and not _covers(input.get_device()):
+        return f"this build has no kernels for the GPU, only for {_CUDA_ARCHS}"
+    if torch.is_grad_enabled():
+        for tensor in (*of_target, weight, pos_weight):
+            if tensor is not None and tensor.requires_grad:
+                return "a target or a weight of the loss requires a gradient"
+    return None
+
+
 def _why_not_traced(input, target, weight, pos_weight) -> str | None:
     """The same for a call that torch.compile or torch.export sees: in what they can follow."""
-    # torch.export itself is such a mode.
-    if torch.compiler.is_dynamo_compiling() and has_torch_function_variadic(
-        input, target, weight, pos_weight
-    ):
-        return "a tensor subclass or mode overrides torch functions"
-    if torch.onnx.is_in_onnx_export():
-        return "inside torch.onnx.export"
-    if _transformed():
-        return "inside a torch.func transform or forward-mode differentiation"
+    reason = _why_not_here_traced(input, target, weight, pos_weight)
+    if reason is not None:
+        return reason
     for tensor, name, dtypes in (
         (input, "input", _FLOATS),
         (target, "target", _TARGETS),
@@ -143,6 +202,17 @@ def _why_not_traced(input, target, weight, pos_weight) -> str | None:
         for tensor, name in ((weight, "weight"), (pos_weight, "pos_weight")):
             if tensor is not None and tensor.requires_grad:
                 return f"{name} requires a gradient"
+    return None
+
+
+def _why_not_here_traced(*operands: Tensor | None) -> str | None:
+    # torch.export itself is such a mode.
+    if torch.compiler.is_dynamo_compiling() and has_torch_function_variadic(*operands):
+        return "a tensor subclass or mode overrides torch functions"
+    if torch.onnx.is_in_onnx_export():
+        return "inside torch.onnx.export"
+    if _transformed():
+        return "inside a torch.func transform or forward-mode differentiation"
     return None
 
 

@@ -17,8 +17,9 @@ from fused_bce.checks import (
     check_targets,
     is_invalid,
 )
-from fused_bce.dispatch import log_once, why_not_fused
+from fused_bce.dispatch import log_once, why_not_dense
 from fused_bce.scalars import (
+    batch_size_operand,
     divisor_operand,
     index_or_nan,
     may_differ_from_zero,
@@ -26,7 +27,8 @@ from fused_bce.scalars import (
 )
 
 _loss = torch.ops.fused_bce.sigmoid_focal_loss.default
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # torch.nn._reduction's numbers
+# torch.nn._reduction's numbers
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2, "batchmean": 1}
 
 
 def sigmoid_focal_loss(
@@ -58,7 +60,8 @@ def sigmoid_focal_loss(
             usually in [0, 1] (not checked).
         alpha: in [0, 1], weight of positives; -1 for no such weights.
         gamma: exponent, at least 0; 0 is cross entropy.
-        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        reduction: ``"none"``, ``"mean"``, ``"sum"``, or ``"batchmean"``, the sum over the size of
+            the first dimension.
         gamma_neg: another exponent for negatives, where positives are few (`Ben-Baruch et al., 2020
             <https://arxiv.org/abs/2009.14119>`_); that of a target t is then gamma t + gamma_neg
             (1 - t).
@@ -91,7 +94,7 @@ def sigmoid_focal_loss(
         >>> loss, logits.grad
         (tensor(0.0343, grad_fn=<...>), tensor([-0.0345,  0.0394, -0.0012]))
     """
-    reason = why_not_fused(inputs, targets, weight)
+    reason = why_not_dense(inputs, targets, weight, None)
     if reason is not None and (isinstance(inputs, Proxy) or isinstance(targets, Proxy)):
         return handle_torch_function(
             sigmoid_focal_loss,
@@ -136,7 +139,11 @@ def sigmoid_focal_loss(
             ignore_index,
         )
     number = _REDUCTIONS[reduction]
-    divisor = divisor_operand(inputs, targets, weight, None, number, ignore_index)
+    divisor: Tensor | None
+    if reduction == "batchmean":
+        divisor = batch_size_operand(inputs)
+    else:
+        divisor = divisor_operand(inputs, targets, weight, None, number, ignore_index)
     exponents = gamma, gamma if gamma_neg is None else gamma_neg
     return _loss(
         inputs,
@@ -188,8 +195,8 @@ def _scripted(
     compile."""
     check_focal_numbers(alpha, gamma, gamma_neg)
     check_label_smoothing(label_smoothing)
-    if reduction != "none" and reduction != "mean" and reduction != "sum":
-        raise ValueError("reduction must be none, mean or sum")
+    if reduction not in ["none", "mean", "sum", "batchmean"]:
+        raise ValueError("reduction must be none, mean, sum or batchmean")
     if validate_targets and bool(is_invalid(targets, ignore_index).any()):
         raise ValueError("a target lies outside [0, 1]")
     return reference.sigmoid_focal_loss(
@@ -214,7 +221,8 @@ class SigmoidFocalLoss(_WeightedLoss):
 
     Args:
         alpha, gamma: see the function.
-        reduction: ``"mean"`` (the default, as of torch's modules), ``"sum"`` or ``"none"``.
+        reduction: ``"mean"`` (the default, as of torch's modules), ``"batchmean"``, ``"sum"`` or
+            ``"none"``.
         weight: rescales each element's loss; a buffer.
         gamma_neg, label_smoothing, ignore_index, validate_targets, recompute: see the function.
 

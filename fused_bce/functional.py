@@ -14,18 +14,32 @@ from fused_bce.checks import (
     check_targets,
     is_invalid,
 )
-from fused_bce.dispatch import has_integers, log_once, why_not_fused
+from fused_bce.dispatch import has_integers, log_once, why_not_dense
 from fused_bce.focal import sigmoid_focal_loss
-from fused_bce.scalars import divisor_operand, index_or_nan, may_differ_from_zero, scalar_operand
+from fused_bce.head import linear_binary_cross_entropy_with_logits
+from fused_bce.scalars import (
+    batch_size_operand,
+    divisor_operand,
+    index_or_nan,
+    may_differ_from_zero,
+    scalar_operand,
+)
+from fused_bce.sparse import SparseTarget, as_sparse
 
 _loss = torch.ops.fused_bce.binary_cross_entropy_with_logits.default
 
-__all__ = ["binary_cross_entropy_with_logits", "sigmoid_focal_loss"]
+_MEAN = _reduction.get_enum("mean")
+
+__all__ = [
+    "binary_cross_entropy_with_logits",
+    "linear_binary_cross_entropy_with_logits",
+    "sigmoid_focal_loss",
+]
 
 
 def binary_cross_entropy_with_logits(
     input: Tensor,
-    target: Tensor,
+    target: Tensor | SparseTarget,
     weight: Tensor | None = None,
     size_average: bool | None = None,
     reduce: bool | None = None,
@@ -44,10 +58,13 @@ def binary_cross_entropy_with_logits(
     Args:
         input: logits, any shape, float16, bfloat16, float32 or float64.
         target: the same shape, any of these dtypes, bool, uint8, int8, int16, int32 or int64,
-            usually in [0, 1] (not checked). Targets of integers are read as they are.
+            usually in [0, 1] (not checked). Targets of integers are read as they are. Or a
+            :class:`fused_bce.SparseTarget` or a sparse tensor (COO, CSR), for logits (N, C): of
+            these a matrix of bool is made, or of the dtype of their values.
         weight: rescales each element's loss; broadcasts into the shape of the logits.
         size_average, reduce: deprecated, see ``reduction``.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        reduction: ``"mean"``, ``"sum"``, ``"none"``, or ``"batchmean"``, the sum over the size of
+            the first dimension.
         pos_weight: weight of positive targets; broadcasts into the shape of the logits.
         label_smoothing: in [0, 1); targets t become t (1 - label_smoothing) + label_smoothing / 2.
         ignore_index: elements with this target have neither loss nor gradient, whatever the logit
@@ -86,7 +103,9 @@ def binary_cross_entropy_with_logits(
         >>> loss, input.grad
         (tensor(0.3048, grad_fn=<...>), tensor([-0.1258,  0.0896, -0.0397]))
     """
-    reason = why_not_fused(input, target, weight, pos_weight)
+    if isinstance(target, SparseTarget):
+        target = target.to_dense()
+    reason = why_not_dense(input, target, weight, pos_weight)
     if reason is not None and (isinstance(input, Proxy) or isinstance(target, Proxy)):
         return handle_torch_function(
             binary_cross_entropy_with_logits,
@@ -98,6 +117,20 @@ def binary_cross_entropy_with_logits(
             reduce=reduce,
             reduction=reduction,
             pos_weight=pos_weight,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            validate_targets=validate_targets,
+            recompute=recompute,
+        )
+    if reason is not None and isinstance(sparse := as_sparse(target), SparseTarget):
+        return binary_cross_entropy_with_logits(
+            input,
+            sparse,
+            weight,
+            size_average,
+            reduce,
+            reduction,
+            pos_weight,
             label_smoothing=label_smoothing,
             ignore_index=ignore_index,
             validate_targets=validate_targets,
@@ -115,8 +148,14 @@ def binary_cross_entropy_with_logits(
     if reason is None and not (legacy and compiling):
         if legacy:
             reduction = _reduction.legacy_get_string(size_average, reduce)
-        reduction_enum = _reduction.get_enum(reduction)
-        divisor = divisor_operand(input, target, weight, pos_weight, reduction_enum, ignore_index)
+        divisor: Tensor | None
+        if reduction == "batchmean":
+            reduction_enum, divisor = _MEAN, batch_size_operand(input)
+        else:
+            reduction_enum = _reduction.get_enum(reduction)
+            divisor = divisor_operand(
+                input, target, weight, pos_weight, reduction_enum, ignore_index
+            )
         if not smooths and ignore_index is None and divisor is None and not recompute:
             # What a call leaves out need not be parsed.
             return _loss(input, target, weight, pos_weight, reduction_enum)
@@ -134,7 +173,8 @@ def binary_cross_entropy_with_logits(
         )
     if not compiling:
         log_once(reason)
-    if not smooths and ignore_index is None and not has_integers(target):
+    plain = not smooths and ignore_index is None and reduction != "batchmean"
+    if plain and not has_integers(target):
         return _torch(input, target, weight, size_average, reduce, reduction, pos_weight)
     if legacy:
         reduction = _reduction.legacy_get_string(size_average, reduce)
@@ -160,7 +200,8 @@ def _scripted(
     compile."""
     if validate_targets and bool(is_invalid(target, ignore_index).any()):
         raise ValueError("a target lies outside [0, 1]")
-    if label_smoothing == 0.0 and ignore_index is None and target.is_floating_point():
+    plain = label_smoothing == 0.0 and ignore_index is None and reduction != "batchmean"
+    if plain and target.is_floating_point():
         return torch_bce(input, target, weight, size_average, reduce, reduction, pos_weight)
     check_label_smoothing(label_smoothing)
     return reference.binary_cross_entropy_with_logits(

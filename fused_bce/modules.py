@@ -23,7 +23,8 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
     Args:
         weight: rescales each element's loss; broadcasts into the shape of the logits.
         size_average, reduce: deprecated, see ``reduction``.
-        reduction: ``"mean"`` (over all elements, the default), ``"sum"`` or ``"none"``.
+        reduction: ``"mean"`` (over all elements, the default), ``"batchmean"`` (the sum over the
+            size of the first dimension), ``"sum"`` or ``"none"``.
         pos_weight: weight of positive targets; broadcasts into the shape of the logits, for
             example ``(C,)`` for logits ``(N, C)`` and ``(C, 1, 1)`` for ``(N, C, H, W)``.
         label_smoothing, ignore_index, validate_targets, recompute: see

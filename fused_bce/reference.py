@@ -19,6 +19,25 @@ def binary_cross_entropy_with_logits(
     ignore_index: int | float | None,
 ) -> Tensor:
     """As :func:`fused_bce.functional.binary_cross_entropy_with_logits`."""
+    if reduction == "batchmean":
+        total = _reduced_loss(
+            input, target, weight, pos_weight, "sum", label_smoothing, ignore_index
+        )
+        return total / input.size(0)
+    return _reduced_loss(
+        input, target, weight, pos_weight, reduction, label_smoothing, ignore_index
+    )
+
+
+def _reduced_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    reduction: str,
+    label_smoothing: float,
+    ignore_index: int | float | None,
+) -> Tensor:
     ignored = None if ignore_index is None else is_ignored(target, ignore_index)
     target = smoothed(with_floats(target, input), label_smoothing)
     if ignored is None or target.size() != input.size():
@@ -64,6 +83,8 @@ def sigmoid_focal_loss(
         losses = losses.mean()
     elif reduction == "sum":
         losses = losses.sum()
+    elif reduction == "batchmean":
+        losses = losses.sum() / input.size(0)
     return losses.to(dtype)
 
 

@@ -1,5 +1,7 @@
 """Numbers as operands: none from Python that a compiled graph takes for a constant."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -27,6 +29,12 @@ def scalar_operand(number: float, beside: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.ones((), dtype=torch.float64, device=beside.device) * number
     return torch.scalar_tensor(number, dtype=torch.float64, device="cpu")
+
+
+def batch_size_operand(input: Tensor) -> Tensor:
+    """What batchmean divides by. Of nothing it is nan, as a divisor of 0 would count as 1."""
+    size = input.size(0)
+    return scalar_operand(size if size != 0 else math.nan, input)
 
 
 def index_or_nan(ignore_index: int | float | None) -> tuple[int | None, bool]:

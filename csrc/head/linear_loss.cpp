@@ -1,0 +1,293 @@
+// The loss of a linear layer's logits and its gradients, block of logits by block: the products are
+// torch's, the loss and its gradient are the kernels', which write it over the logits.
+#include <ATen/TensorOperators.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "../operands.h"
+#include "linear_operands.h"
+#include "target_blocks.h"
+
+namespace fused_bce {
+
+using at::Tensor;
+
+at::ScalarType LinearOperands::loss_dtype() const {
+  const bool ones = offsets && !values;
+  const at::ScalarType type = (values ? *values : target).scalar_type();
+  return ones || is_integer(type) ? wide_dtype()
+                                  : at::promoteTypes(wide_dtype(), at_least_float(type));
+}
+
+namespace {
+
+// Of a block of logits. On the CPU it stays in the cache between the kernels and the products; a
+// GPU has to be filled.
+constexpr int64_t kChunkBytesOnCpu = int64_t{4} << 20;
+constexpr int64_t kChunkBytesOnGpu = int64_t{256} << 20;
+// Products of blocks narrower than this are slow.
+constexpr int64_t kLeastWidth = 256;
+
+Tensor part(const Tensor& t, int64_t dim, Range range) {
+  return t.narrow(dim, range.begin, range.size);
+}
+
+// f(range, whether it is the first) for all parts of `size`
+template <class F>
+void for_ranges(int64_t size, int64_t step, const F& f) {
+  for (int64_t begin = 0; begin < size; begin += step)
+    f(Range{begin, std::min(step, size - begin)}, begin == 0);
+}
+
+// sum = alpha a b, or with more, sum += alpha a b, added up in the dtype of the sum.
+void add_product(Tensor& sum, const Tensor& a, const Tensor& b, double alpha, bool more) {
+  if (a.scalar_type() == sum.scalar_type()) {
+    at::addmm_out(sum, sum, a, b, /*beta=*/more, alpha);
+    return;
+  }
+  const Tensor product = at::mm(a, b, sum.scalar_type());
+  if (more)
+    sum.add_(product, alpha);
+  else
+    at::mul_out(sum, product, at::scalar_tensor(alpha, sum.options().device(at::kCPU)));
+}
+
+class LinearLossCall {
+ public:
+  LinearLossCall(const LinearOperands& operands, Wanted wanted, const OptionalTensor& grad_loss)
+      : device_(operands.input.device()),
+        o_(operands),
+        wanted_(wanted),
+        rows_(o_.input.size(0)),
+        labels_(o_.linear_weight.size(0)),
+        logits_dtype_(o_.logits_dtype()),
+        // The CPU's products of half types are slow: their operands are widened block by block.
+        product_dtype_(o_.input.is_cpu() ? o_.wide_dtype() : logits_dtype_),
+        input_(as_factor(o_.input)),
+        grad_loss_(grad_loss) {
+    choose_blocks();
+    set_divisor();
+    const auto options = o_.input.options();
+    logits_ = at::empty({block_rows_ * block_labels_}, options.dtype(product_dtype_));
+    sum_ = at::zeros({}, options.dtype(at::kDouble));
+    const auto gradient = [&](bool of, at::IntArrayRef sizes) {
+      // What has no rows or labels gets no block.
+      return at::zeros(of ? sizes : at::IntArrayRef({0}), options.dtype(o_.wide_dtype()));
+    };
+    grad_input_ = gradient(wanted_[0], o_.input.sizes());
+    grad_bias_ = gradient(wanted_[2], {labels_});
+    grad_weight_ = wanted_[1] ? allocate_like(o_.linear_weight, o_.linear_weight.scalar_type())
+                              : at::empty({0}, o_.linear_weight.options());
+    if (rows_ == 0) grad_weight_.zero_();
+  }
+
+  LinearLoss run() {
+    TargetBlocks target(o_, block_rows_ * block_labels_);
+    // Labels outside, so that a block of the weight is cast once, and that of its gradient is
+    // complete before the next.
+    for_ranges(labels_, block_labels_, [&](Range labels, bool first_labels) {
+      const Tensor weight = as_factor(part(o_.linear_weight, 0, labels));
+      Tensor grad_weight = grad_weight_sum(labels);
+      for_ranges(rows_, block_rows_, [&](Range rows, bool first_rows) {
+        Tensor block = logits(rows, labels, weight);
+        add_loss(block, target.block(rows, labels), rows, labels);
+        if (wanted_[0]) {
+          Tensor sum = part(grad_input_, 0, rows);
+          add_product(sum, block, weight, grad_scale_, !first_labels);
+        }
+        if (wanted_[1])
+          add_product(grad_weight, block.t(), part(input_, 0, rows), grad_scale_, !first_rows);
+        if (wanted_[2])
+          part(grad_bias_, 0, labels).add_(at::sum(block, 0, false, o_.wide_dtype()), grad_scale_);
+      });
+      finish_grad_weight(labels, grad_weight);
+    });
+    return results();
+  }
+
+ private:
+  bool any_wanted() const { return wanted_[0] || wanted_[1] || wanted_[2]; }
+
+  Tensor as_factor(const Tensor& t) const { return t.to(logits_dtype_).to(product_dtype_); }
+
+  // Of the longer of both sides, and of the shorter one where a block would be too narrow.
+  void choose_blocks() {
+    const int64_t by_default = o_.input.is_cpu() ? kChunkBytesOnCpu : kChunkBytesOnGpu;
+    const int64_t bytes = o_.chunk_bytes > 0 ? o_.chunk_bytes : by_default;
+    const int64_t elements =
+        std::max<int64_t>(bytes / static_cast<int64_t>(c10::elementSize(product_dtype_)), 1);
+    const auto square = static_cast<int64_t>(std::sqrt(static_cast<double>(elements)));
+    const auto at_most = [](int64_t size, int64_t most) {
+      return std::max<int64_t>(std::min(size, most), 1);
+    };
+    int64_t& shorter = labels_ < rows_ ? block_labels_ : block_rows_;
+    int64_t& longer = labels_ < rows_ ? block_rows_ : block_labels_;
+    shorter = at_most(std::min(labels_, rows_), std::max(elements / kLeastWidth, square));
+    longer = at_most(std::max(labels_, rows_), elements / shorter);
+  }
+
+  // As a factor of the products if the host knows it, else of what they give.
+  void set_divisor() {
+    if (o_.reduction != at::Reduction::Mean) return;
+    host_divisor_ = static_cast<double>(rows_) * static_cast<double>(labels_);
+    if (o_.divisor || o_.ignores()) {
+      const Tensor given = o_.divisor ? o_.divisor->to(at::kDouble)
+                                      : count_kept(o_.target, o_.ignore_index, o_.ignore_nan);
+      const Tensor divisor = given.masked_fill(given == 0, 1);
+      host_divisor_ = divisor.is_cpu() ? divisor.item<double>() : 1;
+      if (!divisor.is_cpu()) late_divisor_ = divisor;
+    }
+    grad_scale_ = 1 / host_divisor_;
+  }
+
+  Tensor logits(Range rows, Range labels, const Tensor& weight) {
+    Tensor block = logits_.narrow(0, 0, rows.size * labels.size).view({rows.size, labels.size});
+    const Tensor input = part(input_, 0, rows);
+    if (o_.linear_bias)
+      at::addmm_out(block, as_factor(part(*o_.linear_bias, 0, labels)), input, weight.t());
+    else
+      at::mm_out(block, input, weight.t());
+    // As torch's layer rounds them
+    if (product_dtype_ != logits_dtype_) block.copy_(block.to(logits_dtype_));
+    return block;
+  }
+
+  static OptionalTensor part_of(const OptionalTensor& given, Range rows, Range labels) {
+    if (!given || given->dim() == 0) return given;
+    const Tensor weight = given->size(-1) == 1 ? *given : part(*given, -1, labels);
+    return weight.dim() == 1 || weight.size(0) == 1 ? weight : part(weight, 0, rows);
+  }
+
+  // Leaves the gradient in the block of logits.
+  void add_loss(const Tensor& block, const Tensor& target, Range rows, Range labels) {
+    const Operands o{.logits = block,
+                     .target = target,
+                     .weight = part_of(o_.weight, rows, labels),
+                     .pos_weight = part_of(o_.pos_weight, rows, labels),
+                     .reduction = at::Reduction::Sum,
+                     .dtype = at::kDouble,
+                     .label_smoothing = o_.label_smoothing,
+                     .ignore_index = o_.ignore_index,
+                     .ignore_nan = o_.ignore_nan};
+    sum_.add_(any_wanted() ? forward_over_logits(o) : forward(o));
+  }
+
+  // Where the block's gradient is added up: in place, unless that would round each part of it.
+  Tensor grad_weight_sum(Range labels) {
+    if (!wanted_[1]) return {};
+    const Tensor place = part(grad_weight_, 0, labels);
+    const bool once = block_rows_ >= rows_ && product_dtype_ == place.scalar_type();
+    if (!grad_loss_ && (once || place.scalar_type() == o_.wide_dtype())) return place;
+    return at::empty(place.sizes(), place.options().dtype(o_.wide_dtype()));
+  }
+
+  void finish_grad_weight(Range labels, Tensor& sum) {
+    if (!wanted_[1] || rows_ == 0) return;
+    if (grad_loss_) sum.mul_(*grad_loss_);
+    if (late_divisor_.defined()) sum.div_(late_divisor_);
+    Tensor place = part(grad_weight_, 0, labels);
+    if (!sum.is_alias_of(place)) place.copy_(sum);
+  }
+
+  LinearLoss results() {
+    Tensor loss = sum_ / host_divisor_;
+    if (late_divisor_.defined()) {
+      loss.div_(late_divisor_);
+      grad_input_.div_(late_divisor_);
+      grad_bias_.div_(late_divisor_);
+    }
+    return {loss.to(o_.loss_dtype()), grad_input_, grad_weight_, grad_bias_};
+  }
+
+  c10::DeviceGuard device_;
+  const LinearOperands& o_;
+  Wanted wanted_;
+  int64_t rows_, labels_;
+  at::ScalarType logits_dtype_, product_dtype_;
+  Tensor input_;
+  OptionalTensor grad_loss_;
+  int64_t block_rows_ = 1, block_labels_ = 1;
+  double host_divisor_ = 1, grad_scale_ = 1;
+  Tensor late_divisor_;
+  Tensor logits_, sum_;
+  Tensor grad_input_, grad_weight_, grad_bias_;
+};
+
+void check_weight(const char* name, const OptionalTensor& weight, const LinearOperands& o) {
+  if (!weight) return;
+  const auto rows = o.input.sym_size(0), labels = o.linear_weight.sym_size(0);
+  const auto is = [](const c10::SymInt& size, const c10::SymInt& wanted) {
+    return size == wanted || size == 1;
+  };
+  const bool fits =
+      weight->dim() == 0 || (weight->dim() == 1 && is(weight->sym_size(0), labels)) ||
+      (weight->dim() == 2 && ((weight->sym_size(0) == 1 && is(weight->sym_size(1), labels)) ||
+                              (weight->sym_size(1) == 1 && is(weight->sym_size(0), rows))));
+  TORCH_CHECK(fits, name, " has shape ", weight->sym_sizes(), ", but must be one number, one for ",
+              "each of ", labels, " labels, or of shape (", rows, ", 1), one for each row: there ",
+              "is no matrix of logits that it could weight");
+}
+
+void check_target(const LinearOperands& o) {
+  const auto rows = o.input.sym_size(0), labels = o.linear_weight.sym_size(0);
+  if (!o.offsets) {
+    TORCH_CHECK_VALUE(
+        o.target.dim() == 2 && o.target.sym_size(0) == rows && o.target.sym_size(1) == labels,
+        "Target size (", o.target.sym_sizes(), ") must be that of the logits ([", rows, ", ",
+        labels, "])");
+    return;
+  }
+  TORCH_CHECK(o.target.dim() == 1 && at::isIntegralType(o.target.scalar_type(), false),
+              "label numbers must be a vector of integers");
+  TORCH_CHECK(o.offsets->scalar_type() == at::kLong && o.offsets->dim() == 1 &&
+                  o.offsets->sym_size(0) == rows + 1,
+              "offsets must be int64 and of shape (", rows + 1, ",)");
+  TORCH_CHECK(!o.values || o.values->sym_sizes() == o.target.sym_sizes(),
+              "values must be as many as label numbers");
+  TORCH_CHECK_VALUE(!o.ignores(), "ignore_index goes with dense targets only");
+}
+
+}  // namespace
+
+void check_linear(const LinearOperands& o) {
+  TORCH_CHECK(o.input.dim() == 2 && o.linear_weight.dim() == 2 &&
+                  o.input.sym_size(1) == o.linear_weight.sym_size(1),
+              "input and linear_weight must be matrices with as many features, not of shapes ",
+              o.input.sym_sizes(), " and ", o.linear_weight.sym_sizes());
+  TORCH_CHECK(
+      !o.linear_bias ||
+          (o.linear_bias->dim() == 1 && o.linear_bias->sym_size(0) == o.linear_weight.sym_size(0)),
+      "linear_bias must have one number for each of ", o.linear_weight.sym_size(0), " labels");
+  dtype_of("logits", o.logits_dtype());
+  TORCH_CHECK(o.dtype || o.linear_weight.scalar_type() == o.input.scalar_type(), "input has dtype ",
+              o.input.scalar_type(), " but linear_weight ", o.linear_weight.scalar_type());
+  TORCH_CHECK_VALUE(
+      o.reduction == at::Reduction::Mean || o.reduction == at::Reduction::Sum,
+      "reduction must be mean or sum: the losses of all elements would be as many as the logits");
+  const OptionalTensor others[] = {o.linear_weight, o.linear_bias, o.target, o.offsets, o.values};
+  for (const auto& t : others)
+    TORCH_CHECK(!t || t->device() == o.input.device(), "input is on ", o.input.device(),
+                " but another operand on ", t->device());
+  check_target(o);
+  check_weight("weight", o.weight, o);
+  check_weight("pos_weight", o.pos_weight, o);
+}
+
+LinearLoss linear_loss(const LinearOperands& operands, Wanted wanted,
+                       const OptionalTensor& grad_loss) {
+  check_linear(operands);
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return LinearLossCall(operands, wanted, grad_loss).run();
+}
+
+}  // namespace fused_bce

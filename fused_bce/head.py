@@ -1,0 +1,345 @@
+"""A linear layer and the loss of its logits, which never exist as a whole: function and module."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Proxy
+from torch.overrides import handle_torch_function
+
+from fused_bce import reference
+from fused_bce.checks import check_ignore_index, check_label_smoothing, check_targets
+from fused_bce.dispatch import are_shards, log_once, why_not_linear
+from fused_bce.scalars import (
+    batch_size_operand,
+    index_or_nan,
+    may_differ_from_zero,
+    scalar_operand,
+)
+from fused_bce.sparse import SparseTarget, as_sparse
+
+_loss = torch.ops.fused_bce.linear_binary_cross_entropy_with_logits.default
+_REDUCTIONS = {"mean": 1, "sum": 2, "batchmean": 1}  # torch.nn._reduction's numbers
+
+
+def linear_binary_cross_entropy_with_logits(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | SparseTarget,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    ignore_index: int | float | None = None,
+    validate_targets: bool = False,
+    chunk_bytes: int | None = None,
+) -> Tensor:
+    """A linear layer and :func:`binary_cross_entropy_with_logits` of its logits, block of labels by
+    block: neither the logits nor their gradient nor a matrix of targets are ever in memory.
+
+    For N rows, F features and C labels. What it saves is memory, where C is large; in time it is
+    the layer and the fused loss. The gradients are computed in forward, and scaled in backward;
+    under saved-tensor hooks (activation checkpointing), and for a weight in float16, in backward.
+
+    Args:
+        input: (N, F), (F,) or (\\*, F), float16, bfloat16, float32 or float64.
+        linear_weight: (C, F), of the same dtype but under autocast.
+        target: :class:`fused_bce.SparseTarget` of N rows; or a sparse tensor (COO, CSR) or dense
+            one, of the shape of the logits, in any dtype that
+            :func:`binary_cross_entropy_with_logits` takes.
+        linear_bias: (C,).
+        weight: rescales each element's loss: one number, (C,) or (N, 1).
+        pos_weight: weight of positive targets: one number, (C,) or (N, 1).
+        reduction: ``"mean"`` over N x C elements, ``"batchmean"``, the sum over the size of the
+            first dimension, or ``"sum"``. Prefer ``"batchmean"`` where C is large: it does not
+            shrink the gradients as labels are added.
+        label_smoothing: in [0, 1); targets t become t (1 - label_smoothing) + label_smoothing / 2.
+        ignore_index: of dense targets; see :func:`binary_cross_entropy_with_logits`.
+        validate_targets: raises for targets outside [0, 1].
+        chunk_bytes: most bytes of a block of logits; None: by device, 4 MiB on the CPU.
+
+    Returns:
+        One number, that of the loss of whole logits rounded to the dtype of the layer; float32, or
+        float64 if an operand is.
+
+    Raises:
+        ValueError: for an unknown reduction and ``"none"``, a target of another size, a bad
+            ``label_smoothing``, ``ignore_index`` or ``chunk_bytes``, offsets that do not ascend, an
+            invalid target.
+        IndexError: for a label out of range.
+        RuntimeError: for operands that do not fit, and weights of another shape.
+        TypeError: for labels or offsets of another dtype; for a ``label_smoothing`` that is a
+            tensor, an ``ignore_index`` or ``chunk_bytes`` that is no integer.
+
+    What the operator does not cover, transforms of torch.func for example, is left to torch's
+    linear layer and the loss of whole logits: see :func:`fused_bce.why_not_fused`. So is a backward
+    with ``create_graph=True``.
+
+    Example:
+        >>> import torch
+        >>> from fused_bce import SparseTarget
+        >>> from fused_bce.functional import linear_binary_cross_entropy_with_logits
+        >>> input, weight = torch.ones(3, 8), torch.zeros(1000, 8, requires_grad=True)
+        >>> target = SparseTarget.from_padded(torch.tensor([[7, 12], [3, -1], [-1, -1]]), 1000)
+        >>> loss = linear_binary_cross_entropy_with_logits(input, weight, target)
+        >>> loss.backward()
+        >>> loss
+        tensor(0.6931, grad_fn=<...>)
+    """
+    options: dict[str, Any] = {
+        "linear_bias": linear_bias,
+        "weight": weight,
+        "pos_weight": pos_weight,
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+        "ignore_index": ignore_index,
+        "validate_targets": validate_targets,
+    }
+    if any(isinstance(t, Proxy) for t in (input, linear_weight, target)):
+        return handle_torch_function(
+            linear_binary_cross_entropy_with_logits,
+            (input, linear_weight, target),
+            input,
+            linear_weight,
+            target,
+            **options,
+            chunk_bytes=chunk_bytes,
+        )
+    _check_numbers(reduction, label_smoothing, chunk_bytes)
+    target = as_sparse(target)
+    _check_sizes(input, linear_weight, linear_bias, target)
+    if isinstance(target, SparseTarget):
+        if ignore_index is not None:
+            raise ValueError("ignore_index goes with dense targets: leave a label out instead")
+        target.check()
+        if validate_targets and target.values is not None:
+            check_targets(target.values, None)
+    else:
+        if ignore_index is not None:
+            options["ignore_index"] = ignore_index = check_ignore_index(ignore_index, target)
+        if validate_targets:
+            check_targets(target, ignore_index)
+    reason = why_not_linear(input, linear_weight, linear_bias, target, weight, pos_weight)
+    if reason is not None:
+        if not torch.compiler.is_compiling():
+            log_once(reason)
+        return _on_whole_logits(input, linear_weight, target, options)
+    return _fused(input, linear_weight, target, options, chunk_bytes or 0)
+
+
+def _fused(input, linear_weight, target, options, chunk_bytes) -> Tensor:
+    smoothing = options["label_smoothing"]
+    compiling = torch.compiler.is_compiling()
+    smooths = may_differ_from_zero(smoothing) if compiling else smoothing != 0
+    batchmean = options["reduction"] == "batchmean"
+    arguments = {
+        "reduction": _REDUCTIONS[options["reduction"]],
+        "label_smoothing": scalar_operand(smoothing, linear_weight) if smooths else None,
+        "divisor": batch_size_operand(input if input.dim() > 1 else input[None])
+        if batchmean
+        else None,
+        "chunk_bytes": chunk_bytes,
+    }
+    arguments["ignore_index"], arguments["ignore_nan"] = index_or_nan(options["ignore_index"])
+    in_rows = input.flatten(0, -2) if input.dim() > 1 else input[None]
+    if not isinstance(target, SparseTarget):
+        target = target.reshape(in_rows.shape[0], linear_weight.shape[0])
+    operands = {name: options[name] for name in ("linear_bias", "weight", "pos_weight")}
+    if are_shards(input, linear_weight):
+        from fused_bce.sharded import loss_of_shards
+
+        return loss_of_shards(in_rows, linear_weight, target, operands, arguments)
+    return linear_loss(in_rows, linear_weight, target, operands, arguments)
+
+
+def linear_loss(input, linear_weight, target, operands, arguments) -> Tensor:
+    """The operator, for a target of either kind."""
+    sparse = isinstance(target, SparseTarget)
+    return _loss(
+        input,
+        linear_weight,
+        operands["linear_bias"],
+        target.indices if sparse else target,
+        target.offsets if sparse else None,
+        target.values if sparse else None,
+        operands["weight"],
+        operands["pos_weight"],
+        **arguments,
+    )
+
+
+def _on_whole_logits(input, linear_weight, target, options) -> Tensor:
+    logits = F.linear(input, linear_weight, options["linear_bias"])
+    if isinstance(target, SparseTarget):
+        target = target.to_dense().view(logits.shape)
+    # In the dtype of the target, which is that of the loss.
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    if target.is_floating_point():
+        wide = torch.promote_types(wide, target.dtype)
+    return reference.binary_cross_entropy_with_logits(
+        logits,
+        target.to(wide),
+        options["weight"],
+        options["pos_weight"],
+        options["reduction"],
+        options["label_smoothing"],
+        options["ignore_index"],
+    )
+
+
+def _check_numbers(reduction: str, label_smoothing: float, chunk_bytes: int | None) -> None:
+    if reduction == "none":
+        raise ValueError(
+            "reduction 'none' would return a matrix as large as the logits, which this loss is "
+            "there to avoid; for it call binary_cross_entropy_with_logits"
+        )
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"{reduction} is not a valid value for reduction")
+    if torch.compiler.is_compiling() or label_smoothing != 0:
+        check_label_smoothing(label_smoothing)
+    if chunk_bytes is None:
+        return
+    if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
+        raise TypeError(f"chunk_bytes must be an integer or None, not {chunk_bytes!r}")
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes must be positive, not {chunk_bytes}")
+
+
+def _check_sizes(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor | SparseTarget
+) -> None:
+    if linear_weight.dim() != 2:
+        raise RuntimeError(f"linear_weight must be of shape (C, F), not {_size(linear_weight)}")
+    num_labels, features = linear_weight.shape
+    if input.dim() == 0 or input.shape[-1] != features:
+        raise RuntimeError(
+            f"input must be of shape (*, {features}), as linear_weight has it, not {_size(input)}"
+        )
+    if linear_bias is not None and tuple(linear_bias.shape) != (num_labels,):
+        raise RuntimeError(
+            f"linear_bias must be of shape ({num_labels},), not {_size(linear_bias)}"
+        )
+    logits_size = (*input.shape[:-1], num_labels)
+    if isinstance(target, SparseTarget):
+        rows = input.shape[:-1].numel()
+        if tuple(target.shape) != (rows, num_labels):
+            raise ValueError(
+                f"Target size ({tuple(target.shape)}) must be that of the logits "
+                f"({(rows, num_labels)})"
+            )
+        return
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a SparseTarget or a tensor, not {type(target).__name__}")
+    if tuple(target.shape) != logits_size:
+        hint = ""
+        if not target.is_floating_point() and target.shape[:-1] == input.shape[:-1]:
+            hint = "; label numbers become a target by SparseTarget.from_padded"
+        raise ValueError(
+            f"Target size ({_size(target)}) must be that of the logits ({logits_size}){hint}"
+        )
+
+
+def _size(t: Tensor) -> tuple[int, ...]:
+    return tuple(t.shape)
+
+
+class _Linear(torch.nn.Linear):
+    """A linear layer whose forward is also the loss of its logits: what hooks the forward of the
+    module that owns a weight, to bring it from elsewhere for example, then sees it."""
+
+    def forward(self, input: Tensor, target: Any = None, loss: Callable | None = None) -> Tensor:
+        if loss is None:
+            return super().forward(input)
+        return loss(input, self.weight, target, linear_bias=self.bias)
+
+
+class LinearBCEWithLogitsLoss(torch.nn.Module):
+    """A linear layer and the loss of its logits, which never exist as a whole: see
+    :func:`fused_bce.functional.linear_binary_cross_entropy_with_logits`.
+
+    Args:
+        in_features: F.
+        num_classes: C.
+        bias: whether the layer has one.
+        device, dtype: of the layer's parameters.
+        weight, pos_weight: one number or (C,), as buffers, or None.
+        reduction: ``"mean"``, ``"batchmean"`` or ``"sum"``.
+        label_smoothing, ignore_index, validate_targets, chunk_bytes: see the function.
+
+    Attributes:
+        linear: the layer; ``head.linear(input)`` are the logits, for prediction.
+
+    Shape:
+        - input: (\\*, F).
+        - target: :class:`fused_bce.SparseTarget`, or (\\*, C) sparse or dense.
+        - output: one number.
+
+    Example:
+        >>> import torch
+        >>> from fused_bce import LinearBCEWithLogitsLoss, SparseTarget
+        >>> head = LinearBCEWithLogitsLoss(8, 1000, reduction="batchmean")
+        >>> target = SparseTarget.from_lists([[1, 2], [999]], num_labels=1000)
+        >>> head(torch.randn(2, 8), target).backward()
+        >>> head.linear.weight.grad.shape
+        torch.Size([1000, 8])
+    """
+
+    weight: Tensor | None
+    pos_weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        weight: Tensor | None = None,
+        pos_weight: Tensor | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        ignore_index: int | float | None = None,
+        validate_targets: bool = False,
+        chunk_bytes: int | None = None,
+    ):
+        super().__init__()
+        _check_numbers(reduction, label_smoothing, chunk_bytes)
+        self.linear = _Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+        self.register_buffer("weight", weight)
+        self.register_buffer("pos_weight", pos_weight)
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+        self.validate_targets = validate_targets
+        self.chunk_bytes = chunk_bytes
+
+    def forward(self, input: Tensor, target: Tensor | SparseTarget) -> Tensor:
+        return self.linear(input, target, self._loss)
+
+    def _loss(self, *operands, linear_bias: Tensor | None) -> Tensor:
+        return linear_binary_cross_entropy_with_logits(
+            *operands,
+            linear_bias=linear_bias,
+            weight=self.weight,
+            pos_weight=self.pos_weight,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            validate_targets=self.validate_targets,
+            chunk_bytes=self.chunk_bytes,
+        )
+
+    def extra_repr(self) -> str:
+        defaults = {
+            "label_smoothing": 0.0,
+            "ignore_index": None,
+            "validate_targets": False,
+            "chunk_bytes": None,
+        }
+        given = [n for n, default in defaults.items() if getattr(self, n) != default]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in ["reduction", *given])
