@@ -162,7 +162,7 @@ std::array<Tensor, 3> linear_derivatives(const Tensor& grad_loss, const LinearOp
   std::array<Tensor, 3> grads;
   if (wanted[0]) grads[0] = at::matmul(grad, weight).to(o.input.scalar_type());
   if (wanted[1]) grads[1] = at::matmul(grad.t(), input).to(o.linear_weight.scalar_type());
-  if (wanted[2]) grads[2] = grad.sum(0).to(o.linear_bias->scalar_type());
+  if (wanted[2] && o.linear_bias) grads[2] = grad.sum(0).to(o.linear_bias->scalar_type());
   return grads;
 }
 

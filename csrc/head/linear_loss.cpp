@@ -99,7 +99,7 @@ class LinearLossCall {
       const Tensor weight = as_factor(part(o_.linear_weight, 0, labels));
       Tensor grad_weight = grad_weight_sum(labels);
       for_ranges(rows_, block_rows_, [&](Range rows, bool first_rows) {
-        Tensor block = logits(rows, labels, weight);
+        const Tensor block = logits(rows, labels, weight);
         add_loss(block, target.block(rows, labels), rows, labels);
         if (wanted_[0]) {
           Tensor sum = part(grad_input_, 0, rows);
@@ -185,7 +185,7 @@ class LinearLossCall {
   // Where the block's gradient is added up: in place, unless that would round each part of it.
   Tensor grad_weight_sum(Range labels) {
     if (!wanted_[1]) return {};
-    const Tensor place = part(grad_weight_, 0, labels);
+    Tensor place = part(grad_weight_, 0, labels);
     const bool once = block_rows_ >= rows_ && product_dtype_ == place.scalar_type();
     if (!grad_loss_ && (once || place.scalar_type() == o_.wide_dtype())) return place;
     return at::empty(place.sizes(), place.options().dtype(o_.wide_dtype()));
@@ -195,12 +195,12 @@ class LinearLossCall {
     if (!wanted_[1] || rows_ == 0) return;
     if (grad_loss_) sum.mul_(*grad_loss_);
     if (late_divisor_.defined()) sum.div_(late_divisor_);
-    Tensor place = part(grad_weight_, 0, labels);
+    const Tensor place = part(grad_weight_, 0, labels);
     if (!sum.is_alias_of(place)) place.copy_(sum);
   }
 
   LinearLoss results() {
-    Tensor loss = sum_ / host_divisor_;
+    const Tensor loss = sum_ / host_divisor_;
     if (late_divisor_.defined()) {
       loss.div_(late_divisor_);
       grad_input_.div_(late_divisor_);
