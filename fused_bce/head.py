@@ -111,7 +111,9 @@ def linear_binary_cross_entropy_with_logits(
         )
     _check_numbers(reduction, label_smoothing, chunk_bytes)
     target = as_sparse(target)
-    _check_sizes(input, linear_weight, linear_bias, target)
+    # A trace would make constants of the answers, and warn.
+    if not torch.jit.is_tracing():
+        _check_sizes(input, linear_weight, linear_bias, target)
     if isinstance(target, SparseTarget):
         if ignore_index is not None:
             raise ValueError("ignore_index goes with dense targets: leave a label out instead")

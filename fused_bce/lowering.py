@@ -14,6 +14,7 @@ from fused_bce.reference import (
     with_floats,
 )
 from fused_bce.registrations import ops
+from fused_bce.sparse import SparseTarget
 
 _REDUCTIONS = ("none", "mean", "sum")
 _table: dict = {}
@@ -176,6 +177,53 @@ def _focal_loss_and_grad(
     operands = (logits, target, weight, alpha, gamma, gamma_neg, reduction)
     loss = _focal_loss(*operands, dtype, *extras, **named)
     return loss, _focal_grad(torch.ones_like(loss), *operands, *extras, **named)
+
+
+@_lowers(ops.linear_binary_cross_entropy_with_logits.default)
+def _linear_loss(
+    input,
+    linear_weight,
+    linear_bias,
+    target,
+    offsets=None,
+    values=None,
+    weight=None,
+    pos_weight=None,
+    reduction=1,
+    dtype=None,
+    *extras,
+    chunk_bytes=0,
+    **named,
+):
+    dtype = dtype or input.dtype
+    bias = None if linear_bias is None else linear_bias.to(dtype)
+    logits = torch.nn.functional.linear(input.to(dtype), linear_weight.to(dtype), bias)
+    wide = torch.promote_types(dtype, torch.float32)
+    if offsets is not None:
+        rows = SparseTarget(target, offsets, linear_weight.shape[0], values)
+        target = rows.to_dense_unchecked()
+    if target.is_floating_point():
+        wide = torch.promote_types(wide, target.dtype)
+    return _loss(logits, target, weight, pos_weight, reduction, wide, *extras[:4], **named)
+
+
+@_lowers(ops.linear_binary_cross_entropy_with_grads.default)
+def _linear_loss_and_grads(wanted, grad_loss, input, linear_weight, linear_bias, *rest, **named):
+    operands = input, linear_weight, linear_bias, *rest
+    loss = _linear_loss(*operands, **named)
+    grads = _composite(
+        ops.linear_binary_cross_entropy_differentiable_backward.default,
+        wanted,
+        torch.ones_like(loss) if grad_loss is None else grad_loss,
+        *operands,
+        **named,
+    )
+    wide = torch.promote_types(named.get("dtype") or input.dtype, torch.float32)
+    dtypes = wide, linear_weight.dtype, wide
+    return loss, *(
+        grad.to(dtype) if is_wanted else input.new_empty(0, dtype=dtype)
+        for grad, is_wanted, dtype in zip(grads, wanted, dtypes, strict=True)
+    )
 
 
 @_lowers(ops.count_kept.default)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 _LABELS = (torch.int32, torch.int64)
 
@@ -154,24 +155,27 @@ class SparseTarget(NamedTuple):
             As the losses: see the class.
         """
         self.check()
+        dense = self.to_dense_unchecked()
+        return dense if dtype is None else dense.to(dtype)
+
+    def to_dense_unchecked(self) -> Tensor:
+        """The same without a look at the numbers; what is out of range is left out."""
         num_rows, num_labels = self.shape
         places = torch.arange(self.indices.shape[0], device=self.offsets.device)
         rows = torch.searchsorted(self.offsets, places, right=True) - 1
-        # One row more, for what lies behind the last offset
-        places = rows * num_labels + self.indices
-        places = torch.where(rows < num_rows, places, num_rows * num_labels)
+        inside = (rows >= 0) & (rows < num_rows)
+        inside = inside & (self.indices >= 0) & (self.indices < num_labels)
+        # To one element more: a mask would have a length that the host waits for.
         size = num_rows * num_labels + 1
+        places = torch.where(inside, rows * num_labels + self.indices, size - 1)
         if self.values is None:
             dense = torch.zeros(size, dtype=torch.bool, device=self.indices.device)
             dense = dense.index_fill(0, places, 1)
-        else:
-            # Of bool there is no maximum.
-            values = self.values.to(torch.promote_types(self.values.dtype, torch.uint8))
-            dense = values.new_zeros(size).scatter_reduce(
-                0, places, values, "amax", include_self=False
-            )
-        dense = dense[:-1].view(num_rows, num_labels)
-        return dense.to(dtype or (torch.bool if self.values is None else self.values.dtype))
+            return dense[:-1].view(num_rows, num_labels)
+        # Of bool there is no maximum.
+        values = self.values.to(torch.promote_types(self.values.dtype, torch.uint8))
+        dense = values.new_zeros(size).scatter_reduce(0, places, values, "amax", include_self=False)
+        return dense[:-1].view(num_rows, num_labels).to(self.values.dtype)
 
     def like_dense(self) -> Tensor:
         """A tensor of the shape, dtype and device of :meth:`to_dense`, without its memory."""
@@ -252,7 +256,9 @@ def _other_than_ones(values: Tensor) -> Tensor | None:
 
 def _readable(t: Tensor) -> bool:
     """Whether the host has its numbers at hand, and no graph is made."""
-    return t.is_cpu and not torch.compiler.is_compiling() and not isinstance(t, FakeTensor)
+    if torch.compiler.is_compiling() or get_proxy_mode() is not None:
+        return False
+    return t.is_cpu and not isinstance(t, FakeTensor)
 
 
 def _check_integers(name: str, t: Tensor) -> None:

@@ -1,13 +1,10 @@
 """Nothing of the gradient's size is held between forward and backward where its owner does not want
 it: under saved-tensor hooks, and with recompute=True."""
 
-import os
-from typing import NamedTuple
-
-import numpy as np
 import pytest
 import torch
 from helpers import by_reduction, fused, torch_bce
+from memory import Memory, bytes_of
 from torch.utils.checkpoint import checkpoint
 
 # Large enough for torch's allocators to give nothing else of this size.
@@ -17,31 +14,10 @@ BYTES = ROWS * ROWS * 4
 LITTLE = BYTES // 8
 
 
-class Memory(NamedTuple):
-    """In tensors of the size of the logits, beyond what was there before."""
-
-    held: float  # afterwards
-    peak: float
-
-
 def memory_of(step, device) -> Memory:
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        kept = step()
-        held, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-        del kept
-        return Memory((held - before) / BYTES, (peak - before) / BYTES)
-    # The allocators' own record: the resident set would miss what fits into pages that the process
-    # kept.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        kept = step()
-    events = profile.kineto_results.events()
-    del kept
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    held = np.cumsum([0, *(nbytes for _, nbytes in changes)])
-    return Memory(int(held[-1]) / BYTES, int(held.max()) / BYTES)
+    """In tensors of the size of the logits."""
+    held, peak = bytes_of(step, device)
+    return Memory(held / BYTES, peak / BYTES)
 
 
 def held_after(step, device) -> float:
