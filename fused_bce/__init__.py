@@ -27,6 +27,7 @@ from fused_bce.head import LinearBCEWithLogitsLoss
 from fused_bce.lowering import decomposition_table
 from fused_bce.modules import BCEWithLogitsLoss
 from fused_bce.patching import convert, patch, unpatch
+from fused_bce.siglip import SigLipLoss
 from fused_bce.sparse import SparseTarget
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "BCEWithLogitsFunction",
     "BCEWithLogitsLoss",
     "LinearBCEWithLogitsLoss",
+    "SigLipLoss",
     "SigmoidFocalLoss",
     "SparseTarget",
     "build_info",

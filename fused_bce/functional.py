@@ -17,6 +17,7 @@ from fused_bce.checks import (
 from fused_bce.dispatch import has_integers, log_once, why_not_dense
 from fused_bce.focal import sigmoid_focal_loss
 from fused_bce.head import linear_binary_cross_entropy_with_logits
+from fused_bce.pairwise import pairwise_sigmoid_loss
 from fused_bce.scalars import (
     batch_size_operand,
     divisor_operand,
@@ -33,6 +34,7 @@ _MEAN = _reduction.get_enum("mean")
 __all__ = [
     "binary_cross_entropy_with_logits",
     "linear_binary_cross_entropy_with_logits",
+    "pairwise_sigmoid_loss",
     "sigmoid_focal_loss",
 ]
 

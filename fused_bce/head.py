@@ -109,7 +109,7 @@ def linear_binary_cross_entropy_with_logits(
             **options,
             chunk_bytes=chunk_bytes,
         )
-    _check_numbers(reduction, label_smoothing, chunk_bytes)
+    check_numbers(reduction, label_smoothing, chunk_bytes)
     target = as_sparse(target)
     # A trace would make constants of the answers, and warn.
     if not torch.jit.is_tracing():
@@ -130,32 +130,50 @@ def linear_binary_cross_entropy_with_logits(
         if not torch.compiler.is_compiling():
             log_once(reason)
         return _on_whole_logits(input, linear_weight, target, options)
-    return _fused(input, linear_weight, target, options, chunk_bytes or 0)
+    return _fused(input, linear_weight, target, options, chunk_bytes)
 
 
 def _fused(input, linear_weight, target, options, chunk_bytes) -> Tensor:
-    smoothing = options["label_smoothing"]
-    compiling = torch.compiler.is_compiling()
-    smooths = may_differ_from_zero(smoothing) if compiling else smoothing != 0
-    batchmean = options["reduction"] == "batchmean"
-    arguments = {
-        "reduction": _REDUCTIONS[options["reduction"]],
-        "label_smoothing": scalar_operand(smoothing, linear_weight) if smooths else None,
-        "divisor": batch_size_operand(input if input.dim() > 1 else input[None])
-        if batchmean
-        else None,
-        "chunk_bytes": chunk_bytes,
-    }
-    arguments["ignore_index"], arguments["ignore_nan"] = index_or_nan(options["ignore_index"])
-    in_rows = input.flatten(0, -2) if input.dim() > 1 else input[None]
+    rows = input if input.dim() > 1 else input[None]
+    arguments = operator_arguments(
+        rows,
+        linear_weight,
+        options["reduction"],
+        options["label_smoothing"],
+        options["ignore_index"],
+        chunk_bytes,
+    )
+    rows = rows.flatten(0, -2)
     if not isinstance(target, SparseTarget):
-        target = target.reshape(in_rows.shape[0], linear_weight.shape[0])
+        target = target.reshape(rows.shape[0], linear_weight.shape[0])
     operands = {name: options[name] for name in ("linear_bias", "weight", "pos_weight")}
-    if are_shards(input, linear_weight):
+    if are_shards(rows, linear_weight):
         from fused_bce.sharded import loss_of_shards
 
-        return loss_of_shards(in_rows, linear_weight, target, operands, arguments)
-    return linear_loss(in_rows, linear_weight, target, operands, arguments)
+        return loss_of_shards(rows, linear_weight, target, operands, arguments)
+    return linear_loss(rows, linear_weight, target, operands, arguments)
+
+
+def operator_arguments(
+    input: Tensor,
+    linear_weight: Tensor,
+    reduction: str,
+    label_smoothing: float = 0.0,
+    ignore_index: int | float | None = None,
+    chunk_bytes: int | None = None,
+) -> dict[str, Any]:
+    """Those that are no operands, as the operator takes them."""
+    compiling = torch.compiler.is_compiling()
+    smooths = may_differ_from_zero(label_smoothing) if compiling else label_smoothing != 0
+    index, nan = index_or_nan(ignore_index)
+    return {
+        "reduction": _REDUCTIONS[reduction],
+        "label_smoothing": scalar_operand(label_smoothing, linear_weight) if smooths else None,
+        "ignore_index": index,
+        "ignore_nan": nan,
+        "divisor": batch_size_operand(input) if reduction == "batchmean" else None,
+        "chunk_bytes": chunk_bytes or 0,
+    }
 
 
 def linear_loss(input, linear_weight, target, operands, arguments) -> Tensor:
@@ -164,12 +182,12 @@ def linear_loss(input, linear_weight, target, operands, arguments) -> Tensor:
     return _loss(
         input,
         linear_weight,
-        operands["linear_bias"],
+        operands.get("linear_bias"),
         target.indices if sparse else target,
         target.offsets if sparse else None,
         target.values if sparse else None,
-        operands["weight"],
-        operands["pos_weight"],
+        operands.get("weight"),
+        operands.get("pos_weight"),
         **arguments,
     )
 
@@ -193,7 +211,7 @@ def _on_whole_logits(input, linear_weight, target, options) -> Tensor:
     )
 
 
-def _check_numbers(reduction: str, label_smoothing: float, chunk_bytes: int | None) -> None:
+def check_numbers(reduction: str, label_smoothing: float, chunk_bytes: int | None) -> None:
     if reduction == "none":
         raise ValueError(
             "reduction 'none' would return a matrix as large as the logits, which this loss is "
@@ -310,7 +328,7 @@ class LinearBCEWithLogitsLoss(torch.nn.Module):
         chunk_bytes: int | None = None,
     ):
         super().__init__()
-        _check_numbers(reduction, label_smoothing, chunk_bytes)
+        check_numbers(reduction, label_smoothing, chunk_bytes)
         self.linear = _Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
         self.register_buffer("weight", weight)
         self.register_buffer("pos_weight", pos_weight)

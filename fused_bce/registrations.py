@@ -20,6 +20,12 @@ def constant_in_graphs(function):
     return function
 
 
+def outside_graphs(function):
+    """What torch.compiler.disable does, for the same reason."""
+    function._torchdynamo_disable = True
+    return function
+
+
 @constant_in_graphs
 def ensure_sharding() -> None:
     """Tells DTensor how the operators are sharded: when the first one is seen, for importing it

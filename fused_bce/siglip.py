@@ -1,0 +1,196 @@
+"""SigLIP's loss as a module with open_clip's face, over the processes of a training run."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fused_bce.pairwise import PairwiseOperands, check_pairs, pairwise_sigmoid_loss
+from fused_bce.registrations import outside_graphs
+
+# What one exchange gives: the features of another process, None in the turn of its own; and what
+# takes their gradient to that process, and returns the part of another's for its own.
+_Turn = tuple[Tensor | None, Callable[[Tensor], Tensor]]
+
+
+class SigLipLoss(torch.nn.Module):
+    """The sigmoid loss of image and text features, a drop-in for open_clip's class of that name:
+    :func:`fused_bce.functional.pairwise_sigmoid_loss`, in several processes of each one's images
+    with all texts.
+
+    The texts of the others come one process at a time, and their gradients go back as they are
+    computed, in forward: memory grows by the features and the gradient of one neighbour, whatever
+    the number of processes. (Batches are of the same size in all of them, and so must be the
+    gradient of the loss.) A second derivative there is in one process only.
+
+    Args:
+        cache_labels: accepted, as nothing of the size of the labels exists.
+        rank, world_size: of this process, in the default group of torch.distributed.
+        dist_impl: how the texts travel: ``"bidir"`` (None), to both neighbours; ``"shift"``, to
+            the right; ``"reduce"``, in a sum in which all others are 0; ``"gather"``, broadcast
+            from one process after the other, as all at once would be in memory.
+        chunk_size: images in a block of logits; 0: by its size in bytes, see ``chunk_bytes`` of the
+            function.
+
+    Shape:
+        - image_features, text_features: (N, F), normalised.
+        - logit_scale: one number, as it multiplies (``model.logit_scale.exp()``).
+        - logit_bias: one number or None.
+        - output: one number, or with ``output_dict`` ``{"contrastive_loss": ...}``.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn.functional import normalize
+        >>> from fused_bce import SigLipLoss
+        >>> image, text = normalize(torch.eye(4)), normalize(torch.eye(4))
+        >>> SigLipLoss()(image, text, torch.tensor(10.0), torch.tensor(-10.0))
+        tensor(0.6933)
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        chunk_size: int = 0,
+    ):
+        super().__init__()
+        if dist_impl is not None and dist_impl not in _EXCHANGES:
+            raise ValueError(f"dist_impl must be one of {[*_EXCHANGES]}, not {dist_impl!r}")
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.dist_impl = dist_impl or "bidir"
+        self.chunk_size = chunk_size
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        chunk_bytes = None
+        if self.chunk_size > 0:
+            # Of float32 blocks, which those of half types are on the CPU
+            width = max(text_features.element_size(), 4) * text_features.shape[0]
+            chunk_bytes = max(self.chunk_size * width, 1)
+        operands = image_features, text_features, logit_scale, logit_bias
+        if self.world_size > 1:
+            loss = self._over_processes(*operands, chunk_bytes)
+        else:
+            loss = pairwise_sigmoid_loss(*operands, chunk_bytes=chunk_bytes)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    @outside_graphs
+    def _over_processes(self, image, text, logit_scale, logit_bias, chunk_bytes) -> Tensor:
+        check_pairs(image, text, logit_scale, logit_bias)
+        exchange = partial(_EXCHANGES[self.dist_impl], rank=self.rank, world_size=self.world_size)
+        pairs = PairwiseOperands.of(image, text, logit_scale, logit_bias, chunk_bytes)
+        return _LossOverProcesses.apply(pairs.scaled, text, pairs.bias, pairs, exchange)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, world_size={self.world_size}, dist_impl={self.dist_impl!r}"
+
+
+class _LossOverProcesses(torch.autograd.Function):
+    """Loss and gradients, all in forward, so that no features have to wait for backward."""
+
+    @staticmethod
+    def forward(ctx, scaled, text, bias, pairs, exchange):
+        wanted = [*ctx.needs_input_grad[:3]]
+        loss, grad_scaled, grad_text, grad_bias = pairs.loss_and_grads(text, "diagonal", wanted)
+        for features, give_back in exchange(text):
+            grad = torch.zeros_like(grad_text)
+            if features is not None:
+                part, of_scaled, grad, of_bias = pairs.loss_and_grads(features, None, wanted)
+                loss = loss + part
+                grad_scaled += of_scaled
+                grad_bias += of_bias
+            if wanted[1]:
+                grad_text += give_back(grad)
+        ctx.text_dtype = text.dtype
+        ctx.grads = grad_scaled, grad_text, grad_bias
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        wanted = ctx.needs_input_grad
+        if wanted[1]:
+            _check_equal_everywhere(grad_loss)
+        scaled, text, bias = (
+            grad * grad_loss.to(grad.dtype) if is_wanted else None
+            for grad, is_wanted in zip(ctx.grads, wanted, strict=False)
+        )
+        return scaled, None if text is None else text.to(ctx.text_dtype), bias, None, None
+
+
+def _check_equal_everywhere(grad_loss: Tensor) -> None:
+    """The gradients of the texts were added up over the processes before it was known."""
+    bounds = torch.stack([grad_loss, -grad_loss])
+    dist.all_reduce(bounds, dist.ReduceOp.MAX)
+    equal = (bounds[0] == -bounds[1]) | bounds.isnan().any()
+    message = "the gradient of SigLipLoss must be the same in all processes"
+    if not equal.is_cpu:
+        torch._assert_async(equal, message)
+    elif not equal:
+        raise RuntimeError(message)
+
+
+def _swap(t: Tensor, to: int, source: int) -> Tensor:
+    t = t.contiguous()
+    received = torch.empty_like(t)
+    ops = [dist.P2POp(dist.isend, t, to), dist.P2POp(dist.irecv, received, source)]
+    for work in dist.batch_isend_irecv(ops):
+        work.wait()
+    return received
+
+
+def _around(text: Tensor, rank: int, world_size: int, step: int, turns: int) -> Iterator[_Turn]:
+    """From neighbour to neighbour; gradients go straight to the owner."""
+    for turn in range(1, turns + 1):
+        text = _swap(text, (rank + step) % world_size, (rank - step) % world_size)
+        owner, borrower = (rank - step * turn) % world_size, (rank + step * turn) % world_size
+        yield text, partial(_swap, to=owner, source=borrower)
+
+
+def _shift(text: Tensor, rank: int, world_size: int) -> Iterator[_Turn]:
+    return _around(text, rank, world_size, 1, world_size - 1)
+
+
+def _bidir(text: Tensor, rank: int, world_size: int) -> Iterator[_Turn]:
+    yield from _around(text, rank, world_size, 1, world_size // 2)
+    yield from _around(text, rank, world_size, -1, (world_size - 1) // 2)
+
+
+def _reduce(text: Tensor, rank: int, world_size: int) -> Iterator[_Turn]:
+    for owner in range(world_size):
+        features = text.clone() if owner == rank else torch.zeros_like(text)
+        dist.all_reduce(features)
+        yield None if owner == rank else features, partial(_sum_to, owner=owner, rank=rank)
+
+
+def _gather(text: Tensor, rank: int, world_size: int) -> Iterator[_Turn]:
+    for owner in range(world_size):
+        features = text.contiguous() if owner == rank else torch.empty_like(text.contiguous())
+        dist.broadcast(features, owner)
+        yield None if owner == rank else features, partial(_sum_to, owner=owner, rank=rank)
+
+
+def _sum_to(grad: Tensor, owner: int, rank: int) -> Tensor:
+    dist.reduce(grad, owner)
+    return grad if owner == rank else torch.zeros_like(grad)
+
+
+_EXCHANGES: dict[str, Callable[..., Iterator[_Turn]]] = {
+    "bidir": _bidir,
+    "shift": _shift,
+    "reduce": _reduce,
+    "gather": _gather,
+}
