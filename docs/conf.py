@@ -20,7 +20,16 @@ exclude_patterns = [".*", "build", "dist", "demo-output"]
 
 # The navigation. It is no part of README.md, which is read without Sphinx, too.
 PAGES = {
-    "Using it": ["guide", "lightning", "transformers", "extras", "focal", "troubleshooting"],
+    "Using it": [
+        "guide",
+        "lightning",
+        "transformers",
+        "extras",
+        "focal",
+        "head",
+        "pairwise",
+        "troubleshooting",
+    ],
     "What it does": ["fused", "guarantees", "accuracy", "speed", "how-it-works"],
     "Building it": ["install"],
     "Reference": ["reference"],

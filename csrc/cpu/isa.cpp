@@ -33,6 +33,16 @@ static std::atomic<const InstructionSet*>& chosen() {
 
 const InstructionSet& current_instruction_set() { return *chosen().load(); }
 
+bool multiplies_bfloat16() {
+#if defined(__x86_64__)
+  // Where there are tiles (AMX), there is this, too.
+  static const bool supported = __builtin_cpu_supports("avx512bf16");
+  return supported;
+#else
+  return false;
+#endif
+}
+
 void use_instruction_set(const std::string& name) {
   for (const InstructionSet& set : instruction_sets()) {
     if (set.name == name) {

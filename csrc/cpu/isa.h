@@ -24,6 +24,8 @@ struct InstructionSet {
 // Those that this build has and this processor can run, best first.
 const std::vector<InstructionSet>& instruction_sets();
 const InstructionSet& current_instruction_set();
+// Whether the processor multiplies matrices of bfloat16 as fast as those of float32, or faster.
+bool multiplies_bfloat16();
 // For tests and measurements; std::invalid_argument if there is none of that name.
 void use_instruction_set(const std::string& name);
 

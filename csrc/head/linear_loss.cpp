@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../cpu/isa.h"
 #include "../operands.h"
 #include "linear_operands.h"
 #include "target_blocks.h"
@@ -49,10 +50,23 @@ void for_ranges(int64_t size, int64_t step, const F& f) {
     f(Range{begin, std::min(step, size - begin)}, begin == 0);
 }
 
+// The CPU's products of half types are slow where it has no instructions for them: there the
+// operands are widened block by block.
+at::ScalarType product_dtype(const LinearOperands& o) {
+  const at::ScalarType type = o.logits_dtype();
+  if (!o.input.is_cpu() || (type == at::kBFloat16 && multiplies_bfloat16())) return type;
+  return o.wide_dtype();
+}
+
 // sum = alpha a b, or with more, sum += alpha a b, added up in the dtype of the sum.
 void add_product(Tensor& sum, const Tensor& a, const Tensor& b, double alpha, bool more) {
   if (a.scalar_type() == sum.scalar_type()) {
     at::addmm_out(sum, sum, a, b, /*beta=*/more, alpha);
+    return;
+  }
+  if (sum.is_cpu()) {
+    const auto wide = sum.scalar_type();
+    at::addmm_out(sum, sum, a.to(wide), b.to(wide), /*beta=*/more, alpha);
     return;
   }
   const Tensor product = at::mm(a, b, sum.scalar_type());
@@ -71,8 +85,7 @@ class LinearLossCall {
         rows_(o_.input.size(0)),
         labels_(o_.linear_weight.size(0)),
         logits_dtype_(o_.logits_dtype()),
-        // The CPU's products of half types are slow: their operands are widened block by block.
-        product_dtype_(o_.input.is_cpu() ? o_.wide_dtype() : logits_dtype_),
+        product_dtype_(product_dtype(o_)),
         input_(as_factor(o_.input)),
         grad_loss_(grad_loss) {
     choose_blocks();
@@ -133,7 +146,10 @@ class LinearLossCall {
     int64_t& shorter = labels_ < rows_ ? block_labels_ : block_rows_;
     int64_t& longer = labels_ < rows_ ? block_rows_ : block_labels_;
     shorter = at_most(std::min(labels_, rows_), std::max(elements / kLeastWidth, square));
-    longer = at_most(std::max(labels_, rows_), elements / shorter);
+    // A cast block of the weight is no larger either.
+    const bool casts = o_.linear_weight.scalar_type() != product_dtype_;
+    const int64_t width = casts ? std::max(shorter, o_.input.size(1)) : shorter;
+    longer = at_most(std::max(labels_, rows_), elements / width);
   }
 
   // As a factor of the products if the host knows it, else of what they give.
