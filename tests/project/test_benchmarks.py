@@ -261,6 +261,7 @@ def test_measures_of_goals():
         "eager / fused on the wall clock": 3,
         "compile / fused": None,
         "peak / logits": 1,
+        "copy peak / logits": 1,
     }
     measured = {name: Goal(case, name, ">=", 1).measured(rows) for name in expected}
     assert measured == pytest.approx(expected)
