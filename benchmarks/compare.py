@@ -33,7 +33,7 @@ class Change:
 
     @property
     def is_ours(self) -> bool:
-        return self.new.contender.startswith("fused")
+        return self.new.contender.startswith(("fused", "head"))
 
 
 def main() -> None:

@@ -103,7 +103,7 @@ def measure(
             median_seconds=timings[name].median,
             iqr_seconds=timings[name].iqr,
             wall_seconds=timings[name].wall_median,
-            peak_bytes=peak_bytes(renew(), case.device) if renew else None,
+            peak_bytes=peak_bytes(renew(), case.device) - case.uncounted_bytes if renew else None,
             other_load=others.processors,
         )
     return rows

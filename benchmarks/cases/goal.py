@@ -12,18 +12,20 @@ WALL = " on the wall clock"
 
 @dataclass(frozen=True)
 class Goal:
-    """A bound on a quotient of two contenders' times, or on another measure of the fused loss."""
+    """A bound on a quotient of two contenders' times, or on another measure of one."""
 
     case: Case
-    measure: str  # "eager / fused" and the like, with or without WALL; PEAK or SHARE_OF_COPY
+    # "eager / fused" and the like, with or without WALL; PEAK, of fused or of the contender that is
+    # named before it; or SHARE_OF_COPY
+    measure: str
     bound: str  # ">=" or "<="
     value: float
     stretch: float | None = None
 
     def measured(self, rows: dict[str, Row]) -> float | None:
         """The value in these rows, one for each contender; None if they do not tell."""
-        if self.measure == PEAK:
-            return rows["fused"].peak_multiple
+        if self.measure.endswith(PEAK):
+            return rows[self.measure.removesuffix(PEAK).strip() or "fused"].peak_multiple
         if self.measure == SHARE_OF_COPY:
             return share_of_copy(rows)
         above, below = self.measure.removesuffix(WALL).split(" / ")

@@ -3,6 +3,7 @@
 from cases.extras import Extras
 from cases.focal import Focal
 from cases.goals import Goals
+from cases.head import Head
 from cases.heads import Heads
 from cases.ladder import Ladder
 from cases.peers import Peers
@@ -20,4 +21,5 @@ PRESETS: dict[str, Preset] = {
     "extras": Extras(),
     "heads": Heads(),
     "focal": Focal(),
+    "head": Head(),
 }

@@ -61,11 +61,15 @@ class Row(Facts):
         return self.bytes_per_element * self.numel / self.median_seconds
 
     @property
+    def logits_bytes(self) -> int:
+        return self.numel * getattr(torch, self.dtype).itemsize
+
+    @property
     def peak_multiple(self) -> float | None:
         """Peak memory in multiples of the logits, without the few bytes of the loss and sums."""
         if self.peak_bytes is None:
             return None
-        return round(self.peak_bytes / (self.numel * getattr(torch, self.dtype).itemsize), 2)
+        return round(self.peak_bytes / self.logits_bytes, 2)
 
 
 @dataclass(frozen=True)

@@ -88,12 +88,12 @@ def contenders_table(measured: Measured) -> Table:
 
 def contender_cells(row: Row, rows: dict[str, Row]) -> list[str]:
     """Empty where there is no such number: a whole training step has no limit to come near to."""
-    peak, stream = row.peak_multiple, rows.get("stream")
+    peak, limit = row.peak_multiple, rows.get("stream", rows.get("gemms"))
     return [
         time_text(row.median_seconds),
         f"{row.median_seconds / rows['fused'].median_seconds:.2f}",
         "" if peak is None else f"{peak:.2f}",
-        "" if stream is None else f"{100 * stream.median_seconds / row.median_seconds:.0f}",
+        "" if limit is None else f"{100 * limit.median_seconds / row.median_seconds:.0f}",
     ]
 
 

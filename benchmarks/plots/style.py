@@ -18,6 +18,8 @@ STYLES = {
     "sigmoid + BCELoss": {"color": "tab:red", "marker": "x"},
     "softplus - x*t": {"color": "tab:purple", "marker": "+"},
     "flag_gems": {"color": "tab:brown", "marker": "d"},
+    "head": {"color": "tab:purple", "marker": "D"},
+    "gemms": {"color": "gray"},
     "stream": {"color": "black", "linestyle": "--", "label": "stream (the limit)"},
 }
 

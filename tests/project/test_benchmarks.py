@@ -30,7 +30,7 @@ with pytest.MonkeyPatch.context() as monkeypatch:
     # Where the scripts find their modules
     monkeypatch.syspath_prepend(BENCHMARKS)
     import accuracy
-    from cases import extras, focal, heads, peers, training, workloads
+    from cases import extras, focal, head, heads, peers, training, workloads
     from cases.base import DTYPES, REDUCTIONS, WEIGHTS, Case
     from cases.goal import Goal
     from cases.goals_cuda import cases_without_goals, cuda_goals
@@ -43,6 +43,7 @@ with pytest.MonkeyPatch.context() as monkeypatch:
     from harness.rows import Row, append_rows, csv_path, header, read_rows, start_file
     from harness.timing import peak_bytes
     from plots.bars import make_cases, plot_bars
+    from plots.head import plot_chunk_bytes, plot_labels
 
 # As little as shows that it works: the numbers mean nothing.
 QUICK = ["--repeats", "2", "--seconds", "0"]
@@ -113,6 +114,11 @@ def small(monkeypatch):
     monkeypatch.setattr(heads, "SIZES", {"cpu": (2**16,), "cuda": (2**16,)})
     for name, spec in focal.WORKLOADS.items():
         monkeypatch.setitem(focal.WORKLOADS, name, dataclasses.replace(spec, shape=(16, 64)))
+    for name, spec in head.WORKLOADS.items():
+        shape = {"rows": 16, "features": 8, "labels": (2**9, 2**10)[-len(spec.labels) :]}
+        chunks = spec.chunk_bytes and (2**10, 2**12)
+        small = dataclasses.replace(spec, **shape, chunk_bytes=chunks)
+        monkeypatch.setitem(head.WORKLOADS, name, small)
     monkeypatch.setattr(peers, "SIZES", {"cpu": (2**16,), "cuda": (2**16,)})
 
 
@@ -261,6 +267,7 @@ def test_measures_of_goals():
         "eager / fused on the wall clock": 3,
         "compile / fused": None,
         "peak / logits": 1,
+        "copy peak / logits": 1,
     }
     measured = {name: Goal(case, name, ">=", 1).measured(rows) for name in expected}
     assert measured == pytest.approx(expected)
@@ -339,6 +346,26 @@ def check_focal(cases, output, device):
     assert ("of 2 met" in output) == (device == "cpu")
 
 
+def check_head(cases, output, device):
+    assert [numel for name, numel in cases if name == "labels"] == [2**13, 2**14]
+    for rows in cases.values():
+        assert rows["gemms"].peak_bytes is None
+        assert {row.mode for row in rows.values()} == {"linear fwd+bwd"}
+    # Without the gradients of input and weight, half as large as the logits
+    narrow = {name: row.peak_bytes for name, row in cases["narrow layer", 2**14].items()}
+    logits = 4 * 2**14
+    assert narrow["eager"] >= 2 * logits
+    assert 1.4 * logits <= narrow["fused"] <= 1.5 * logits + 4096
+    # One block of logits and one of bool targets
+    assert 1.25 * logits <= narrow["head"] <= 1.25 * logits + 4096
+    chunks = cases["chunk_bytes", 2**14]
+    for chunk_bytes in (2**10, 2**12):
+        peak = chunks[f"head 2^{chunk_bytes.bit_length() - 1}"].peak_bytes
+        assert 1.25 * chunk_bytes <= peak <= 1.25 * chunk_bytes + 4096
+    assert "peak: without the gradients of input and weight" in output
+    assert ("of 6 met" in output) == (device == "cpu")
+
+
 # The contenders, and what is particular to the preset
 NAMED = {
     "workloads": (["fused", "eager", "compile", "stream", "copy"], check_workloads),
@@ -346,6 +373,7 @@ NAMED = {
     "extras": (["fused", "eager", "compile", "fused plain", "stream", "copy"], check_extras),
     "heads": (["fused", "fused recompute", "eager", "compile"], check_heads),
     "focal": (["fused", "eager", "compile", "stream", "copy"], check_focal),
+    "head": (["gemms", "eager", "compile", "fused", "head", "head 2^10", "head 2^12"], check_head),
 }
 
 
@@ -363,10 +391,14 @@ def test_preset(tmp_path, device, preset, with_compile):
         left_out |= set() if with_compile else {"compile", "fused compile"}
         # Targets that could be cast to what torch takes
         left_out |= set() if "targets" in name else {"fused plain"}
+        # A ladder of blocks, where only what bounds them is beside it
+        in_ladder = name == "chunk_bytes"
+        left_out |= {"eager", "compile"} if in_ladder else {"head 2^10", "head 2^12"}
         assert list(of_case) == [name for name in contenders if name not in left_out]
     check(cases, output, device)
-    modes = {"training": "step", "heads": "summed-fwd-bwd"}
-    assert_plotted(tmp_path, f"-{modes.get(preset, 'fwd-bwd')}")
+    modes = {"training": "step", "heads": "summed-fwd-bwd", "head": "linear-fwd-bwd"}
+    ladders = ["-chunk_bytes", "-labels"] if preset == "head" else []
+    assert_plotted(tmp_path, *sorted([*ladders, f"-{modes.get(preset, 'fwd-bwd')}"]))
 
     # One alone, of any size where it has no shape of its own
     *_, last = PRESETS[preset].workloads
@@ -491,6 +523,35 @@ def test_heads_compute_the_same(device, with_compile):
                 largest = true.grad.abs().max().item()
                 torch.testing.assert_close(
                     got.grad.double(), true.grad, rtol=0, atol=1e-5 * largest
+                )
+
+
+@pytest.mark.usefixtures("small")
+@by_compile
+def test_head_computes_the_same(device, with_compile):
+    for case in PRESETS["head"].cases(Selection(device)):
+        inputs = input, weight, target = head.make_inputs(case)
+        rounding = 4 * torch.finfo(input.dtype).eps
+        wide = [t.double().requires_grad_() for t in (input, weight)]
+        logits = wide[0] @ wide[1].T
+        assert logits.shape == case.shape
+        assert logits.std().item() == pytest.approx(3, rel=0.5)
+        dense = target.to_dense(torch.float64)
+        assert ((dense.sum(1) >= 1) & (dense.sum(1) <= head.POSITIVES)).all()
+        expected = torch_bce(logits, dense)
+        expected.backward()
+        made = head.make_losses(case, inputs, with_compile)
+        assert len(made) == (4 if case.spec.chunk_bytes else 3 + with_compile)
+        for loss in made.values():
+            leaves = [t.clone().requires_grad_() for t in (input, weight)]
+            value = loss(*leaves)
+            value.backward()
+            assert value.item() == pytest.approx(expected.item(), rel=rounding)
+            for got, true in zip(leaves, wide, strict=True):
+                # Logits of up to 12 are rounded in the dtype of the layer, then added up.
+                largest = true.grad.abs().max().item()
+                torch.testing.assert_close(
+                    got.grad.double(), true.grad, rtol=0, atol=4 * rounding * largest
                 )
 
 
@@ -625,6 +686,39 @@ def test_bars():
     )
     assert speedups == {"compile": [2.5, 5.0], "fused": [5.0, 10.0]}
     assert peaks == {"eager": [2, 2], "compile": [1, 1], "fused": [1, 1]}
+
+
+def test_ladders_of_head():
+    """Memory over labels; time over the bytes of a block, between lines for the others."""
+    shapes = {2**20: "256x4096", 2**21: "256x8192"}
+    rows = [
+        make_row(contender=name, workload="labels", numel=numel, shape=shape, peak_bytes=peak)
+        for numel, shape in shapes.items()
+        for name, peak in (("gemms", None), ("eager", 8 * numel), ("head", 2**20))
+    ]
+    (axes,) = plot_labels(rows).axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines == {
+        "linear layer, eager": [[4096, 8], [8192, 16]],
+        "head": [[4096, 1], [8192, 1]],
+        "the logits": [[4096, 4], [8192, 8]],
+    }
+
+    seconds = {"gemms": 1e-3, "fused": 3e-3, "head": 2e-3, "head 2^16": 5e-3, "head 2^17": 4e-3}
+    rows = [
+        make_row(contender=name, workload="chunk_bytes", shape="16x64", median_seconds=each)
+        for name, each in seconds.items()
+    ]
+    (axes,) = plot_chunk_bytes(rows).axes
+    lines = {line.get_label(): line.get_ydata() for line in axes.lines}
+    assert list(lines.pop("head")) == [5, 4]
+    assert list(axes.lines[0].get_xdata()) == [2**16, 2**17]
+    heights = {label: set(heights) for label, heights in lines.items()}
+    assert heights == {
+        "gemms (the limit)": {1},
+        "linear layer, fused": {3},
+        "head by default": {2},
+    }
 
 
 # Seconds of an older and of a newer file: fused took 1.3 times as long, eager and the whole machine
