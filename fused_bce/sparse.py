@@ -29,6 +29,7 @@ class SparseTarget(NamedTuple):
     to wait, they are device-side assertions.
 
     Example:
+        >>> import torch
         >>> from fused_bce import SparseTarget
         >>> target = SparseTarget.from_lists([[0, 3], [], [1]], num_labels=4)
         >>> target.to_dense(torch.int64)
@@ -149,10 +150,8 @@ class SparseTarget(NamedTuple):
         )
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The targets as a matrix (N, C); of bool, or the dtype of ``values``, by default.
-
-        Raises:
-            As the losses: see the class.
+        """The targets as a matrix (N, C); of bool, or the dtype of ``values``, by default. Checks
+        the numbers as the losses do.
         """
         self.check()
         dense = self.to_dense_unchecked()

@@ -351,7 +351,7 @@ ERRORS = {
     "gamma infinite": (ValueError, {"gamma": math.inf}),
     "gamma_neg below 0": (ValueError, {"gamma_neg": -1}),
     "gamma a tensor": (TypeError, {"gamma": torch.tensor(2.0)}),
-    "reduction": (ValueError, {"reduction": "batchmean"}),
+    "reduction": (ValueError, {"reduction": "max"}),
     "size": (ValueError, {"targets": torch.zeros(4)}),
     "weight": (RuntimeError, {"weight": torch.ones(2, 3)}),
     "integer logits": (NotImplementedError, {"inputs": torch.zeros(3, dtype=torch.int64)}),

@@ -87,7 +87,7 @@ def test_hard_targets(kernel_device, dtype, gamma, request, capsys):
 @by_gamma
 def test_many_hard_targets(kernel_device, gamma):
     """Against logarithms in float64, whose own errors are 1e-13."""
-    x = (torch.rand(50_000, dtype=torch.float64) * 2 - 1) * 87
+    x = (torch.rand(15_000, dtype=torch.float64) * 2 - 1) * 87
     x = x.float()
     for t in (0.0, 1.0):
         loss, grad = evaluate(x, torch.full_like(x, t), -1, gamma, kernel_device)
