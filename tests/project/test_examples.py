@@ -134,3 +134,37 @@ def test_train_distributed_agrees_with_one_process(parallel):
         assert float(distributed) == pytest.approx(float(alone), rel=1e-4)
     # Better than answering no to all (0.33).
     assert float(curve[-1][0]) < 0.31
+
+
+@pytest.mark.usefixtures("_needs_extras")
+def test_train_siglip_agrees_with_the_plain_formula(tmp_path):
+    options = ["--output", tmp_path, "--epochs", 20, "--peak-batch-size", 2048]
+    done = run(EXAMPLES / "train_siglip.py", *options)
+    assert done.returncode == 0, done.stderr
+    assert "Both losses agree" in done.stdout
+    plain, ours = table_rows(done.stdout, "plain formula|fused_bce")
+    assert float(ours[1]) == pytest.approx(float(plain[1]), rel=1e-4)
+    # One caption of 450 by chance
+    assert float(ours[2].rstrip("%")) > 10
+    assert float(ours[4]) < float(plain[4]) / 4
+    assert (tmp_path / "siglip_curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("_needs_extras")
+def test_train_siglip_notices_a_wrong_loss(tmp_path):
+    wrong = """
+import runpy, sys
+import fused_bce
+
+class Wrong(fused_bce.SigLipLoss):
+    def forward(self, *features):
+        return 1.01 * super().forward(*features)
+
+fused_bce.SigLipLoss = Wrong
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    options = ["--output", tmp_path, "--epochs", 1, "--peak-batch-size", 64]
+    done = run("-c", wrong, EXAMPLES / "train_siglip.py", *options)
+    assert done.returncode == 1
+    assert "The loss curves differ by 0.01" in done.stderr
