@@ -17,7 +17,7 @@ ROWS, FEATURES, LABELS = 23, 16, 101
 
 # Of a block of float32 logits; more in float64. One logit; blocks of a few rows and labels; whole
 # columns, with fewer in the last; all at once.
-CHUNKS = {"one": 1, "small": 300, "ragged": 4 * ROWS * 40, "whole": None}
+CHUNKS = {"tiniest": 1, "small": 300, "ragged": 4 * ROWS * 40, "whole": None}
 by_chunk = pytest.mark.parametrize("chunk_bytes", CHUNKS.values(), ids=CHUNKS)
 by_reduction = pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean"])
 by_half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)

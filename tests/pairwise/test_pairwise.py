@@ -13,7 +13,7 @@ from fused_bce.functional import pairwise_sigmoid_loss
 
 by_shape = pytest.mark.parametrize("shape", [(12, 12), (12, 7), (7, 12), (1, 1)], ids=str)
 by_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=dtype_name)
-CHUNKS = {"one": 1, "ragged": 4 * 12 * 5, "whole": None}
+CHUNKS = {"tiniest": 1, "ragged": 4 * 12 * 5, "whole": None}
 by_chunk = pytest.mark.parametrize("chunk_bytes", CHUNKS.values(), ids=CHUNKS)
 FEATURES = 16
 
