@@ -19,10 +19,12 @@ from head_cases import (
     head,
     relative_error,
 )
+from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import default_decompositions, export
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
 
 import fused_bce
 from fused_bce import LinearBCEWithLogitsLoss, SparseTarget
@@ -102,6 +104,32 @@ def test_labels_out_of_range_compiled():
     compiled = torch.compile(head, backend="aot_eager", fullgraph=True)
     with pytest.raises(RuntimeError, match="a label is out of range"):
         compiled(torch.randn(1, FEATURES), torch.randn(LABELS, FEATURES), target)
+
+
+def test_compiled_autograd(device):
+    operands = draw_operands(device, torch.float64)
+    target = as_rows(draw_target())
+    want = exact(operands, target).grads
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        head(*operands[:2], target.to(device), linear_bias=operands.linear_bias).backward()
+    for leaf, grad in zip(operands.leaves(), want, strict=True):
+        assert relative_error(leaf.grad, grad) <= DOUBLE
+
+
+def test_compiled_checkpoint(device):
+    operands = draw_operands(device, torch.float64)
+    target = as_rows(draw_target()).to(device)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(*leaves):
+        def block(input):
+            return head(input, leaves[1], target, linear_bias=leaves[2])
+
+        return checkpoint(block, leaves[0], use_reentrant=False)
+
+    grads = torch.autograd.grad(step(*operands), operands.leaves())
+    for got, want in zip(grads, exact(operands, target).grads, strict=True):
+        assert relative_error(got, want) <= DOUBLE
 
 
 def test_under_autocast(device):

@@ -76,6 +76,17 @@ def test_accumulation_of_a_second_step(device):
         torch.testing.assert_close(t.grad, 2 * grad)
 
 
+def test_batched_gradients(device):
+    operands = draw_operands(device, torch.float64)
+    target = as_rows(draw_target())
+    loss = loss_of(operands, target.to(device))
+    factors = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64, device=device)
+    grads = torch.autograd.grad(loss, operands.leaves(), factors, is_grads_batched=True)
+    for got, want in zip(grads, exact(operands, target).grads, strict=True):
+        for k, factor in enumerate(factors.tolist()):
+            assert relative_error(got[k], factor * want) <= DOUBLE
+
+
 @by_reduction
 @pytest.mark.parametrize("fast_mode", [True, False], ids=["fast", "slow"])
 @pytest.mark.parametrize("form", [torch.Tensor.double, as_rows], ids=["dense", "rows"])

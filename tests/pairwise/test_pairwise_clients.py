@@ -79,7 +79,7 @@ def test_training_loop_of_open_clip(accum_freq):
         return model.state_dict()
 
     before = tiny_clip(open_clip).state_dict()
-    theirs, ours = train(open_clip.SigLipLoss()), train(fused_bce.SigLipLoss())
+    theirs, ours = train(open_clip.loss.SigLipLoss()), train(fused_bce.SigLipLoss())
     for name, want in theirs.items():
         assert_double_close(ours[name], want)
     assert not torch.equal(theirs["logit_bias"], before["logit_bias"])
