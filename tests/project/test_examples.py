@@ -119,14 +119,21 @@ def test_tutorial_notices_a_wrong_loss():
     assert "fused_bce gives 0.3078, torch 0.3048." in done.stderr
 
 
-DISTRIBUTED = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-
-
-@pytest.mark.parametrize("parallel", ["batch", "labels"])
-def test_train_distributed_agrees_with_one_process(parallel):
+@pytest.mark.parametrize(
+    ("parallel", "processes"),
+    [
+        ("batch", 2),
+        ("labels", 2),
+        ("head", 2),
+        # Ten labels are 3, 3, 3 and 1.
+        pytest.param("head", 4, marks=pytest.mark.large),
+    ],
+)
+def test_train_distributed_agrees_with_one_process(parallel, processes):
     pytest.importorskip("sklearn")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes)
     program = EXAMPLES / "train_distributed.py"
-    done = run(*DISTRIBUTED, program, "--parallel", parallel, "--epochs", 3)
+    done = run(*launcher, program, "--parallel", parallel, "--epochs", 3)
     assert done.returncode == 0, done.stderr
     curve = re.findall(r"^ +\d +(\d\.\d+) +(\d\.\d+)$", done.stdout, re.MULTILINE)
     assert len(curve) == 3
