@@ -2,12 +2,15 @@
 
     torchrun --nproc-per-node 2 examples/train_distributed.py
     torchrun --nproc-per-node 2 examples/train_distributed.py --parallel labels
+    torchrun --nproc-per-node 4 examples/train_distributed.py --parallel head
 
 ``batch``: every process takes its share of a batch; DistributedDataParallel averages gradients.
 ``labels``: the classification head and with it the logits are sharded over the labels, as DTensors.
 Each process computes the loss of its own labels, and the logits are never gathered.
+``head``: the same for many labels, of which nearly all are 0. The layer is part of the loss, and a
+process does not even hold the logits of its own labels; targets are label numbers.
 
-In both, process 0 also trains alone, with torch's loss. The two loss curves must lie on each other:
+In each, process 0 also trains alone, with torch's loss. The two loss curves must lie on each other:
 exits with status 1 if they do not.
 """
 
@@ -20,8 +23,14 @@ import torch.distributed as dist
 from sklearn.datasets import load_digits
 from sklearn.preprocessing import LabelBinarizer
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import (
+    DTensor,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -85,6 +94,30 @@ class ByLabels:
         return loss.redistribute(placements=[Replicate()]).to_local().item()
 
 
+class ByHead(ByLabels):
+    """As by labels, with the layer inside the loss."""
+
+    def __init__(self, model: nn.Sequential):
+        self.mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        *encoder, layer = model
+        head = fused_bce.LinearBCEWithLogitsLoss(layer.in_features, layer.out_features, bias=True)
+        head.linear.load_state_dict(layer.state_dict())
+        distribute_module(head, self.mesh, self.shard_labels)
+        self.model = nn.ModuleList([nn.Sequential(*encoder), head])
+
+    @staticmethod
+    def shard_labels(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            shard = distribute_tensor(parameter, mesh, [Shard(0)], src_data_rank=None)
+            module.register_parameter(key, nn.Parameter(shard))
+
+    def loss(self, x: Tensor, target: Tensor) -> Tensor:
+        encoder, head = self.model
+        features = DTensor.from_local(encoder(x), self.mesh, [Replicate()])
+        rows, labels = target.nonzero(as_tuple=True)
+        return head(features, fused_bce.SparseTarget.from_coo(rows, labels, target.shape))
+
+
 class Alone:
     """One process, torch's loss."""
 
@@ -119,16 +152,19 @@ def train(way, epochs: int, seed: int) -> list[float]:
     return curve
 
 
+WAYS = {"batch": ByBatch, "labels": ByLabels, "head": ByHead}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parallel", choices=("batch", "labels"), default="batch")
+    parser.add_argument("--parallel", choices=WAYS, default="batch")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
     dist.init_process_group("gloo")
     rank, processes = dist.get_rank(), dist.get_world_size()
-    way = {"batch": ByBatch, "labels": ByLabels}[arguments.parallel]
+    way = WAYS[arguments.parallel]
     curve = train(way(network(arguments.seed)), arguments.epochs, arguments.seed)
     # DistributedDataParallel lies in a reference cycle; threads of its group that outlive Python
     # would end the process with an error.

@@ -1,101 +1,126 @@
 """The linear head on the shards of DTensors: neither the weight nor logits nor labels travel."""
 
-from typing import cast
+import math
+from typing import Any, cast
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from fused_bce.head import linear_loss
 from fused_bce.registrations import ops, whole
 from fused_bce.scalars import scalar_operand
 from fused_bce.sparse import SparseTarget
 
+_MEAN = 1  # torch.nn._reduction's number
+_WEIGHTS = ("weight", "pos_weight")
 
-def loss_of_shards(input, linear_weight, target, operands, arguments) -> Tensor:
-    """The loss as a partial sum. Along each dimension of the mesh labels are sharded if the weight
-    is, else rows if the input is; gradients are sharded likewise, or partial sums."""
-    mesh = next(t.device_mesh for t in (linear_weight, input) if isinstance(t, DTensor))
-    input, linear_weight = _distributed(input, mesh), _distributed(linear_weight, mesh)
-    by_label = [p == Shard(0) for p in linear_weight.placements]
-    by_row = [
-        p == Shard(0) and not labels for p, labels in zip(input.placements, by_label, strict=True)
-    ]
 
-    def placed(rows, labels, elsewhere):
-        """What is of rows or labels along the dimensions of the mesh that shard them."""
-        return [
-            labels if is_label else rows if is_row else elsewhere
-            for is_label, is_row in zip(by_label, by_row, strict=True)
-        ]
+def loss_of_shards(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | SparseTarget,
+    operands: dict[str, Tensor | None],
+    arguments: dict[str, Any],
+) -> DTensor:
+    """The loss, a partial sum in each process, as its gradients are that are not sharded.
 
-    replicated = Replicate()
-    of_rows = placed(Shard(0), replicated, replicated)
-    of_labels = placed(replicated, Shard(0), replicated)
-    shape = (input.shape[0], linear_weight.shape[0])
-    arguments = dict(arguments)
-    if arguments["divisor"] is None and arguments["reduction"] == 1:
-        arguments["divisor"] = _count(target, shape, arguments, mesh)
+    Along each dimension of the mesh the labels are sharded if the weight is, else the rows if the
+    input is, else nothing.
+    """
+    shards = _Shards(input, linear_weight)
     bias = operands["linear_bias"]
-    local_operands = {
-        "linear_bias": bias
-        if bias is None
-        else _local(bias, mesh, of_labels, placed(Partial(), Shard(0), replicated))
-    }
-    for name in ("weight", "pos_weight"):
-        local_operands[name] = _local_weight(operands[name], mesh, by_row, by_label)
+    local_operands = {name: shards.of_weight(name, operands[name]) for name in _WEIGHTS}
+    local_operands["linear_bias"] = None if bias is None else shards.of(bias, labels=0)
+    if arguments["divisor"] is None and arguments["reduction"] == _MEAN:
+        arguments = arguments | {"divisor": shards.count(target, arguments)}
     loss = linear_loss(
-        _local(input, mesh, of_rows, placed(Shard(0), Partial(), replicated)),
-        _local(linear_weight, mesh, of_labels, placed(Partial(), Shard(0), replicated)),
-        _local_target(target, shape, mesh, placed(Shard(0), Shard(1), replicated)),
+        shards.of(input, rows=0),
+        shards.of(linear_weight, labels=0),
+        shards.of_target(target),
         local_operands,
         arguments,
     )
-    return DTensor.from_local(loss, mesh, placed(Partial(), Partial(), replicated))
+    return DTensor.from_local(loss, shards.mesh, shards.placements(None, None, Partial()))
 
 
-def _distributed(t: Tensor, mesh) -> DTensor:
-    """A tensor that is none counts as replicated."""
-    if isinstance(t, DTensor):
-        return t
-    return DTensor.from_local(t, mesh, [Replicate()] * mesh.ndim, run_check=False)
+class _Shards:
+    """How the matrix of logits is sharded, and what belongs to the shard of this process."""
 
-
-def _local(t: Tensor, mesh, placements, grad_placements=None) -> Tensor:
-    t = _distributed(t, mesh).redistribute(placements=placements)
-    return t.to_local(grad_placements=grad_placements)
-
-
-def _local_weight(weight, mesh, by_row, by_label) -> Tensor | None:
-    if weight is None or weight.dim() == 0:
-        return weight if weight is None else _local(weight, mesh, [Replicate()] * mesh.ndim)
-    last, first = weight.dim() - 1, weight.dim() - 2
-    placements = [
-        Shard(last)
-        if label and weight.shape[last] != 1
-        else Shard(first)
-        if row and first >= 0 and weight.shape[first] != 1
-        else Replicate()
-        for row, label in zip(by_row, by_label, strict=True)
-    ]
-    return _local(weight, mesh, placements)
-
-
-def _local_target(target, shape, mesh, placements):
-    if not isinstance(target, SparseTarget):
-        return _local(target, mesh, placements)
-    (rows, labels), (row, label) = compute_local_shape_and_global_offset(shape, mesh, placements)
-    # Labels outside the shard are passed over, as are those of other rows.
-    return SparseTarget(
-        target.indices - label, target.offsets[row : row + rows + 1], labels, target.values
-    )
-
-
-def _count(target, shape, arguments, mesh) -> Tensor:
-    index = arguments["ignore_index"], arguments["ignore_nan"]
-    if isinstance(target, SparseTarget) or index == (None, False):
-        return scalar_operand(
-            shape[0] * shape[1], target.indices if isinstance(target, SparseTarget) else target
+    def __init__(self, input: Tensor, linear_weight: Tensor):
+        self.mesh: DeviceMesh = next(
+            t.device_mesh for t in (linear_weight, input) if isinstance(t, DTensor)
         )
-    count = whole(ops.count_kept(_distributed(target, mesh).detach(), *index))
-    return cast(DTensor, count).to_local()
+        self.shape = (input.shape[0], linear_weight.shape[0])
+        self.by_label = [p == Shard(0) for p in self.distributed(linear_weight).placements]
+        by_row = [p == Shard(0) for p in self.distributed(input).placements]
+        self.by_row = [r and not c for r, c in zip(by_row, self.by_label, strict=True)]
+
+    def placements(self, rows: int | None, labels: int | None, without: Placement) -> list:
+        """Of a tensor that has rows and labels along these of its dimensions: its shards, and
+        ``without`` where what is sharded is none of its dimensions."""
+        by_row, by_label = (without if dim is None else Shard(dim) for dim in (rows, labels))
+        return [
+            by_label if of_labels else by_row if of_rows else Replicate()
+            for of_rows, of_labels in zip(self.by_row, self.by_label, strict=True)
+        ]
+
+    def distributed(self, t: Tensor) -> DTensor:
+        """A tensor that is not distributed counts as replicated."""
+        if isinstance(t, DTensor):
+            return t
+        replicated = [Replicate()] * self.mesh.ndim
+        return DTensor.from_local(t, self.mesh, replicated, run_check=False)
+
+    def of(self, t: Tensor, *, rows: int | None = None, labels: int | None = None) -> Tensor:
+        """The shard of a tensor, whose gradient is a partial sum along what it has not."""
+        t, wanted = self.distributed(t), self.placements(rows, labels, Replicate())
+        # Backward through redistribute would add up the partial sums of a replicated tensor, which
+        # torch's layers leave to whoever needs the sum.
+        if list(t.placements) != wanted:
+            t = t.redistribute(placements=wanted)
+        return t.to_local(grad_placements=self.placements(rows, labels, Partial()))
+
+    def of_weight(self, name: str, weight: Tensor | None) -> Tensor | None:
+        if weight is None:
+            return None
+        num_rows, num_labels = self.shape
+        shapes = ((), (1,), (num_labels,), (1, 1), (1, num_labels), (num_rows, 1))
+        # The operator's check sees shards, and would fail in some of the processes only.
+        if tuple(weight.shape) not in shapes:
+            raise RuntimeError(f"{name} must be of one of the shapes {shapes}, not {weight.shape}")
+        has_rows = weight.dim() == 2 and weight.shape[0] != 1
+        has_labels = weight.dim() > 0 and weight.shape[-1] != 1
+        return self.of(
+            weight,
+            rows=0 if has_rows else None,
+            labels=weight.dim() - 1 if has_labels else None,
+        )
+
+    def of_target(self, target: Tensor | SparseTarget) -> Tensor | SparseTarget:
+        if not isinstance(target, SparseTarget):
+            return self.of(target, rows=0, labels=1)
+        (row, rows), (label, labels) = map(self.share, self.shape, (self.by_row, self.by_label))
+        # The operator passes over labels out of range, and over what is outside the offsets.
+        offsets = target.offsets.narrow(0, row, rows + 1)
+        return SparseTarget(target.indices - label, offsets, labels, target.values)
+
+    def share(self, size: int, sharded: list[bool]) -> tuple[int, int]:
+        """Where the part of this process begins, and its size: DTensor's chunks."""
+        begin = 0
+        for dim in (dim for dim, is_sharded in enumerate(sharded) if is_sharded):
+            chunk = -(-size // self.mesh.size(dim))
+            before = min(chunk * self.mesh.get_local_rank(dim), size)
+            begin, size = begin + before, min(chunk, size - before)
+        return begin, size
+
+    def count(self, target: Tensor | SparseTarget, arguments: dict[str, Any]) -> Tensor:
+        """What mean divides by: for each process the same."""
+        ignored = arguments["ignore_index"], arguments["ignore_nan"]
+        if isinstance(target, SparseTarget) or ignored == (None, False):
+            elements = self.shape[0] * self.shape[1]
+            # Of nothing it is nan, as a divisor of 0 would count as 1.
+            beside = target.offsets if isinstance(target, SparseTarget) else target
+            return scalar_operand(elements if elements != 0 else math.nan, beside)
+        kept = ops.count_kept(self.distributed(target).detach(), *ignored)
+        return cast(DTensor, whole(kept)).to_local()

@@ -97,6 +97,38 @@ def test_train_digits_notices_a_wrong_loss(tmp_path):
         assert f"On {task} the loss curves of torch.nn and fused_bce differ by" in done.stderr
 
 
+WRONG_HEAD = WRONG_LOSS.replace("BCEWithLogitsLoss", "LinearBCEWithLogitsLoss")
+
+
+@pytest.mark.usefixtures("_needs_extras")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads its memory in /proc")
+def test_train_extreme_labels_agrees_with_torch(tmp_path):
+    done = run(EXAMPLES / "train_extreme_labels.py", "--quick", "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Both agree" in done.stdout
+    rows = table_rows(done.stdout, "torch.nn|fused_bce")
+    theirs, ours = ([float(cell) for cell in row[1:]] for row in rows)
+    first, last, *precisions, memory, _ = ours
+    assert theirs[:2] == pytest.approx([first, last], rel=1e-4)
+    assert theirs[2:5] == pytest.approx(precisions, abs=0.01)
+    assert last < 0.9 * first
+    # The most frequent label alone has 0.03, and five labels by chance 0.0003.
+    assert min(precisions) > 0.1
+    # 10 MiB of logits, as much of targets, of the gradient and more, against a block of 4 MiB
+    assert memory < theirs[-2] / 2
+    assert_is_drawing(tmp_path / "extreme_labels.png")
+
+
+@pytest.mark.usefixtures("_needs_extras")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads its memory in /proc")
+def test_train_extreme_labels_notices_a_wrong_loss(tmp_path):
+    program = EXAMPLES / "train_extreme_labels.py"
+    small = ("--quick", "--labels", 500, "--steps", 2)
+    done = run("-c", WRONG_HEAD, program, "--output", tmp_path, *small)
+    assert done.returncode == 1
+    assert "The loss curves of torch.nn and fused_bce differ by" in done.stderr
+
+
 def test_tutorial_gives_the_expected_numbers():
     done = run(EXAMPLES / "tutorial.py")
     assert done.returncode == 0, done.stderr
@@ -119,14 +151,21 @@ def test_tutorial_notices_a_wrong_loss():
     assert "fused_bce gives 0.3078, torch 0.3048." in done.stderr
 
 
-DISTRIBUTED = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-
-
-@pytest.mark.parametrize("parallel", ["batch", "labels"])
-def test_train_distributed_agrees_with_one_process(parallel):
+@pytest.mark.parametrize(
+    ("parallel", "processes"),
+    [
+        ("batch", 2),
+        ("labels", 2),
+        ("head", 2),
+        # Ten labels are 3, 3, 3 and 1.
+        pytest.param("head", 4, marks=pytest.mark.large),
+    ],
+)
+def test_train_distributed_agrees_with_one_process(parallel, processes):
     pytest.importorskip("sklearn")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes)
     program = EXAMPLES / "train_distributed.py"
-    done = run(*DISTRIBUTED, program, "--parallel", parallel, "--epochs", 3)
+    done = run(*launcher, program, "--parallel", parallel, "--epochs", 3)
     assert done.returncode == 0, done.stderr
     curve = re.findall(r"^ +\d +(\d\.\d+) +(\d\.\d+)$", done.stdout, re.MULTILINE)
     assert len(curve) == 3
