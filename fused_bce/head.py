@@ -339,7 +339,8 @@ class LinearBCEWithLogitsLoss(torch.nn.Module):
         self.chunk_bytes = chunk_bytes
 
     def forward(self, input: Tensor, target: Tensor | SparseTarget) -> Tensor:
-        return self.linear(input, target, self._loss)
+        # By name: the hooks of tensor parallelism pass on the first argument and these.
+        return self.linear(input, target=target, loss=self._loss)
 
     def _loss(self, *operands, linear_bias: Tensor | None) -> Tensor:
         return linear_binary_cross_entropy_with_logits(

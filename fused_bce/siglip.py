@@ -6,7 +6,6 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fused_bce.pairwise import PairwiseOperands, check_pairs, pairwise_sigmoid_loss
 from fused_bce.registrations import outside_graphs
@@ -119,8 +118,10 @@ class _LossOverProcesses(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_loss):
+        if torch.is_grad_enabled():
+            # torch's once_differentiable would not notice: grad_loss is a constant.
+            raise RuntimeError("SigLipLoss in several processes has no second derivative")
         wanted = ctx.needs_input_grad
         if wanted[1]:
             _check_equal_everywhere(grad_loss)
