@@ -1,5 +1,6 @@
 """The benchmark scripts run, and write what their readers expect."""
 
+import argparse
 import contextlib
 import copy
 import csv
@@ -30,6 +31,7 @@ with pytest.MonkeyPatch.context() as monkeypatch:
     # Where the scripts find their modules
     monkeypatch.syspath_prepend(BENCHMARKS)
     import accuracy
+    import pairwise_processes
     from cases import (
         extras,
         focal,
@@ -619,6 +621,40 @@ def test_accuracy_of_pairs(monkeypatch, device):
     assert min(max(errors[name]) for name in ("chunked", "log(1 + exp)")) >= 1e-4
     output = run_script("accuracy.py", "--loss", "pairwise", "--device", device)
     assert all(name in output for name in (*trained_pairs.LOSSES, *trained_pairs.QUANTITIES[:2]))
+
+
+def test_one_process_of_pairs(tmp_path):
+    """In this one: those of a group take seconds to start."""
+    path, threads = tmp_path / "results.csv", torch.get_num_threads()
+    start_file(path)
+    job = argparse.Namespace(processes=[1], batch=64, repeats=1)
+    try:
+        pairwise_processes.run_process(0, str(tmp_path), path, job)
+    finally:
+        torch.set_num_threads(threads)
+    rows = read_rows(path)
+    assert [row.contender for row in rows] == ["eager", "chunked", "fused"]
+    assert {(row.workload, row.shape, row.threads) for row in rows} == {("1 process", "64x64", 1)}
+
+
+@pytest.mark.large
+def test_processes_of_pairs(tmp_path):
+    """The script itself compares the losses and the gradients of the contenders."""
+    path, batch = tmp_path / "results.csv", 512
+    options = ["--processes", 1, 2, 4, "--batch", batch, "--repeats", 1]
+    output = run_script("pairwise_processes.py", *options, "--output", path)
+    assert "4 processes, 512 x 2048" in output
+    peaks = {(row.contender, row.workload): row.peak_bytes for row in read_rows(path)}
+    logits, features = 4 * batch**2, 4 * batch * pairwise_processes.FEATURES
+    # Autograd keeps the labels, their product with the logits and more of two neighbours' pairs;
+    # of the chunks, the logits.
+    kept = {"eager": 2, "chunked": 1}
+    for name, blocks in kept.items():
+        growth = peaks[name, "4 processes"] - peaks[name, "2 processes"]
+        assert growth >= 2 * blocks * logits
+    # What is of one neighbour, before the next one's comes in
+    assert peaks["fused", "4 processes"] - peaks["fused", "2 processes"] <= features + 4096
+    assert_plotted(tmp_path, "-pairwise-fwd-bwd")
 
 
 @pytest.mark.usefixtures("small")
