@@ -3,9 +3,10 @@
     python benchmarks/accuracy.py                  on the GPU, if there is one
     python benchmarks/accuracy.py --device cpu
     python benchmarks/accuracy.py --loss focal     of the focal loss, torch's being torchvision's
+    python benchmarks/accuracy.py --loss pairwise  of the loss of a well-trained batch of pairs
 
-Writes a CSV file, which benchmarks/plot.py draws. The true values are computed in float64, by a
-formula that is neither contender's.
+Writes a CSV file, which benchmarks/plot.py draws; for pairs prints a table. The true values are
+computed in float64, by a formula that is neither contender's.
 """
 
 import argparse
@@ -16,9 +17,11 @@ import numpy as np
 import torch
 
 import fused_bce
+from cases import trained_pairs
 from contenders.focal import eager_focal_loss
 from harness import machine
 from harness.rows import RESULTS, AccuracyRow, append_rows, csv_path, start_file
+from harness.tables import make_console
 
 # exp(-104) is 0 in float32, subnormal numbers included.
 LIMIT = 104
@@ -37,10 +40,14 @@ LOSSES = {
     },
 }
 ALPHA, GAMMA = 0.25, 2
+PAIRWISE = "pairwise"
 
 
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.loss == PAIRWISE:
+        make_console().print(trained_pairs.errors_table(arguments.device))
+        return
     facts = machine.facts(arguments.device)
     content = "accuracy" if arguments.loss == "bce" else f"accuracy-{arguments.loss}"
     path = csv_path(arguments.output, facts, content)
@@ -56,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
-    parser.add_argument("--loss", choices=LOSSES, default="bce")
+    parser.add_argument("--loss", choices=[*LOSSES, PAIRWISE], default="bce")
     parser.add_argument("--output", type=Path, default=RESULTS, help="a CSV file, or a folder")
     return parser.parse_args()
 

@@ -5,7 +5,7 @@ python benchmarks/plot.py benchmarks/results/cpu-ladder.csv
 A ladder of sizes becomes one figure for each kind of call, workloads, training steps, extras, heads
 and focal losses become bars, a file of accuracy.py the errors over the logits, one of --alone the
 cost of an element over the sizes. Of the preset head the memory is drawn over the labels and the
-time over the size of a block as well.
+time over the size of a block as well, of the preset pairwise both over the batch.
 """
 
 import argparse
@@ -21,6 +21,10 @@ from plots.bars import plot_bars
 from plots.cost import plot_cost
 from plots.head import FIGURES as OF_HEAD
 from plots.ladder import group_name, plot_ladder
+from plots.pairwise import FIGURES as OF_PAIRWISE
+
+# By workload: ladders of what is not the number of elements
+LADDERS = OF_HEAD | OF_PAIRWISE
 
 
 def main() -> None:
@@ -51,11 +55,11 @@ def figures(rows: list[Facts]) -> Iterator[tuple[str, Figure]]:
     if all(row.contender == "fused" for row in rows):
         yield "", plot_cost(rows)
         return
-    for workload, plot in OF_HEAD.items():
+    for workload, plot in LADDERS.items():
         ladder = [row for row in rows if row.workload == workload]
         if ladder:
             yield workload, plot(ladder)
-    named = [row for row in rows if row.workload and row.workload not in OF_HEAD]
+    named = [row for row in rows if row.workload and row.workload not in LADDERS]
     for mode in dict.fromkeys(row.mode for row in named):
         name = re.sub(r"\W", "-", mode)
         yield name, plot_bars([row for row in named if row.mode == mode])

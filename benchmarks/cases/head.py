@@ -20,11 +20,10 @@ from contenders.head import (
     fused_loss,
     gemms_contender,
     head_loss,
-    layer_contender,
     name_of_chunk,
     whole_logits_losses,
 )
-from contenders.steps import Contender
+from contenders.steps import Contender, leaves_contender
 from fused_bce import SparseTarget
 
 POSITIVES = 5  # in a row, as in AmazonCat-13K and Wiki-500K
@@ -109,7 +108,9 @@ class Head(Preset):
     ) -> dict[str, Contender]:
         inputs = input, weight, _ = make_inputs(case)
         losses = make_losses(case, inputs, with_compile)
-        contenders = {name: layer_contender(loss, input, weight) for name, loss in losses.items()}
+        contenders = {
+            name: leaves_contender(loss, (input, weight)) for name, loss in losses.items()
+        }
         return {"gemms": gemms_contender(input, weight)} | contenders
 
     def notes(self, _cases: Sequence[Case]) -> list[str]:

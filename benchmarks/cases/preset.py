@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cases.base import DTYPES, NON_LEAF, REDUCTIONS, WEIGHTS, Case
+from cases.base import DTYPES, NON_LEAF, WEIGHTS, Case
 from cases.goal import Goal
 from contenders.inputs import Inputs, count_rotated, make_inputs
 from contenders.limits import limit_contenders
@@ -32,7 +32,7 @@ class Selection:
             and case.mode in (self.mode or [case.mode])
             and case.dtype in (self.dtype or DTYPES)
             and case.target_dtype == (self.target_dtype or case.target_dtype)
-            and case.reduction in (self.reduction or REDUCTIONS)
+            and case.reduction in (self.reduction or [case.reduction])
             and case.weights in (self.weights or WEIGHTS)
             and case.workload in (self.workloads or [case.workload])
         )

@@ -6,6 +6,7 @@ from cases.goals import Goals
 from cases.head import Head
 from cases.heads import Heads
 from cases.ladder import Ladder
+from cases.pairwise import Pairwise
 from cases.peers import Peers
 from cases.preset import Preset
 from cases.training import Training
@@ -22,4 +23,5 @@ PRESETS: dict[str, Preset] = {
     "heads": Heads(),
     "focal": Focal(),
     "head": Head(),
+    "pairwise": Pairwise(),
 }

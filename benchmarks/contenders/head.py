@@ -10,7 +10,7 @@ from torch.nn import functional
 
 import fused_bce
 from contenders.losses import Loss, compiled, exit_unless_fused
-from contenders.steps import Contender, gradients_contender
+from contenders.steps import Contender
 from fused_bce.functional import linear_binary_cross_entropy_with_logits
 
 # Of the input and the weight of the layer
@@ -58,21 +58,6 @@ def head_loss(inputs: HeadInputs, chunk_bytes: int | None = None) -> LayerLoss:
     input, weight, target = inputs
     exit_unless_fused(input, target, linear_weight=weight)
     return partial(linear_binary_cross_entropy_with_logits, target=target, chunk_bytes=chunk_bytes)
-
-
-def layer_contender(loss: LayerLoss, input: Tensor, weight: Tensor) -> Contender:
-    # Each has gradients of its own, of the same numbers.
-    leaves = [t.detach().requires_grad_() for t in (input, weight)]
-
-    def zero_grad():
-        for leaf in leaves:
-            leaf.grad = None
-
-    def step():
-        zero_grad()
-        loss(*leaves).backward()
-
-    return gradients_contender(step, zero_grad)
 
 
 def gemms_contender(input: Tensor, weight: Tensor) -> Contender:

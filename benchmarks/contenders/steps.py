@@ -1,10 +1,11 @@
 """A contender is a step, a function without arguments, that is timed against others."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from cases.base import NON_LEAF, Case
 from contenders.inputs import Inputs
@@ -43,6 +44,22 @@ def gradients_contender(step: Step, zero_grad: Callable[[], None]) -> Contender:
         return step
 
     return Contender(step, renew)
+
+
+def leaves_contender(loss: Callable[..., Tensor], operands: Sequence[Tensor]) -> Contender:
+    """Of a loss whose operands all get a gradient."""
+    # Each contender has gradients of its own, of the same numbers.
+    leaves = [t.detach().requires_grad_() for t in operands]
+
+    def zero_grad():
+        for leaf in leaves:
+            leaf.grad = None
+
+    def step():
+        zero_grad()
+        loss(*leaves).backward()
+
+    return gradients_contender(step, zero_grad)
 
 
 def graph_contenders(

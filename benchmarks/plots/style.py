@@ -18,8 +18,9 @@ STYLES = {
     "sigmoid + BCELoss": {"color": "tab:red", "marker": "x"},
     "softplus - x*t": {"color": "tab:purple", "marker": "+"},
     "flag_gems": {"color": "tab:brown", "marker": "d"},
+    "chunked": {"color": "tab:red", "marker": "x"},
     "head": {"color": "tab:purple", "marker": "D"},
-    "gemms": {"color": "gray"},
+    "gemms": {"color": "gray", "linestyle": "--", "label": "gemms (the limit)"},
     "stream": {"color": "black", "linestyle": "--", "label": "stream (the limit)"},
 }
 

@@ -1,5 +1,6 @@
 """The benchmark scripts run, and write what their readers expect."""
 
+import argparse
 import contextlib
 import copy
 import csv
@@ -30,13 +31,25 @@ with pytest.MonkeyPatch.context() as monkeypatch:
     # Where the scripts find their modules
     monkeypatch.syspath_prepend(BENCHMARKS)
     import accuracy
-    from cases import extras, focal, head, heads, peers, training, workloads
+    import pairwise_processes
+    from cases import (
+        extras,
+        focal,
+        head,
+        heads,
+        pairwise,
+        peers,
+        trained_pairs,
+        training,
+        workloads,
+    )
     from cases.base import DTYPES, REDUCTIONS, WEIGHTS, Case
     from cases.goal import Goal
     from cases.goals_cuda import cases_without_goals, cuda_goals
     from cases.preset import Selection
     from cases.registry import PRESETS
     from contenders import losses
+    from contenders import pairwise as pairwise_contenders
     from contenders.inputs import make_inputs
     from contenders.peers import make_peers, missing_peers, why_not_flag_gems
     from harness import machine
@@ -44,6 +57,7 @@ with pytest.MonkeyPatch.context() as monkeypatch:
     from harness.timing import peak_bytes
     from plots.bars import make_cases, plot_bars
     from plots.head import plot_chunk_bytes, plot_labels
+    from plots.pairwise import plot_batch
 
 # As little as shows that it works: the numbers mean nothing.
 QUICK = ["--repeats", "2", "--seconds", "0"]
@@ -119,6 +133,8 @@ def small(monkeypatch):
         chunks = spec.chunk_bytes and (2**10, 2**12)
         small = dataclasses.replace(spec, **shape, chunk_bytes=chunks)
         monkeypatch.setitem(head.WORKLOADS, name, small)
+    monkeypatch.setitem(pairwise.WORKLOADS, "batch", pairwise.Spec(8, (64, 128)))
+    monkeypatch.setattr(pairwise_contenders, "CHUNK_ROWS", 48)
     monkeypatch.setattr(peers, "SIZES", {"cpu": (2**16,), "cuda": (2**16,)})
 
 
@@ -366,6 +382,21 @@ def check_head(cases, output, device):
     assert ("of 6 met" in output) == (device == "cpu")
 
 
+def check_pairwise(cases, output, _device):
+    assert [numel for _, numel in cases] == [2**12, 2**14]
+    for (_, numel), rows in cases.items():
+        assert rows["gemms"].peak_bytes is None
+        assert {row.mode for row in rows.values()} == {"pairwise fwd+bwd"}
+        logits = 4 * numel
+        # Logits, labels, their product and what logsigmoid has
+        assert rows["eager"].peak_bytes >= 4 * logits
+        # The logits of all chunks
+        assert logits <= rows["chunked"].peak_bytes <= 3 * logits
+        # One block, here all logits, and the scaled input
+        assert rows["fused"].peak_bytes <= 1.5 * logits + 4096
+    assert "peak: without the gradients of the inputs" in output
+
+
 # The contenders, and what is particular to the preset
 NAMED = {
     "workloads": (["fused", "eager", "compile", "stream", "copy"], check_workloads),
@@ -374,6 +405,14 @@ NAMED = {
     "heads": (["fused", "fused recompute", "eager", "compile"], check_heads),
     "focal": (["fused", "eager", "compile", "stream", "copy"], check_focal),
     "head": (["gemms", "eager", "compile", "fused", "head", "head 2^10", "head 2^12"], check_head),
+    "pairwise": (["gemms", "eager", "chunked", "compile", "fused"], check_pairwise),
+}
+# Of the others: one for the mode
+FIGURES = {
+    "training": ["-step"],
+    "heads": ["-summed-fwd-bwd"],
+    "head": ["-chunk_bytes", "-labels", "-linear-fwd-bwd"],
+    "pairwise": ["-batch"],
 }
 
 
@@ -396,9 +435,7 @@ def test_preset(tmp_path, device, preset, with_compile):
         left_out |= {"eager", "compile"} if in_ladder else {"head 2^10", "head 2^12"}
         assert list(of_case) == [name for name in contenders if name not in left_out]
     check(cases, output, device)
-    modes = {"training": "step", "heads": "summed-fwd-bwd", "head": "linear-fwd-bwd"}
-    ladders = ["-chunk_bytes", "-labels"] if preset == "head" else []
-    assert_plotted(tmp_path, *sorted([*ladders, f"-{modes.get(preset, 'fwd-bwd')}"]))
+    assert_plotted(tmp_path, *FIGURES.get(preset, ["-fwd-bwd"]))
 
     # One alone, of any size where it has no shape of its own
     *_, last = PRESETS[preset].workloads
@@ -553,6 +590,71 @@ def test_head_computes_the_same(device, with_compile):
                 torch.testing.assert_close(
                     got.grad.double(), true.grad, rtol=0, atol=4 * rounding * largest
                 )
+
+
+@pytest.mark.usefixtures("small")
+@by_compile
+def test_pairwise_computes_the_same(device, with_compile):
+    for case in PRESETS["pairwise"].cases(Selection(device)):
+        inputs = pairwise.make_inputs(case)
+        wide = [t.double().requires_grad_() for t in inputs]
+        logits = wide[2] * wide[0] @ wide[1].T + wide[3]
+        assert logits.shape == case.shape
+        pairs = torch.eye(case.batch, dtype=torch.float64, device=device)
+        expected = torch_bce(logits, pairs, reduction="sum") / case.batch
+        true = [expected, *torch.autograd.grad(expected, wide)]
+        made = pairwise_contenders.make_pairwise_losses(inputs, with_compile)
+        assert len(made) == 3 + with_compile
+        for loss in (*made.values(), pairwise_contenders.exp_loss):
+            for got, of_wide in zip(trained_pairs.evaluate(loss, inputs), true, strict=True):
+                # Logits of -10 and their sigmoids lose three digits in 1 + exp(-10) and the like.
+                largest = of_wide.abs().max().item()
+                torch.testing.assert_close(got.double(), of_wide, rtol=0, atol=1e-3 * largest)
+
+
+def test_accuracy_of_pairs(monkeypatch, device):
+    monkeypatch.setattr(trained_pairs, "BATCH", 64)
+    errors = trained_pairs.measure(device)
+    # Logits are sums of up to 27 and -15: in float32 they are off by some 1e-6, their exp as well.
+    assert max(errors["fused"]) <= 5e-6
+    # What is left of 1 + exp(-12) - 1, and of softplus(12) - 12
+    assert min(max(errors[name]) for name in ("chunked", "log(1 + exp)")) >= 1e-4
+    output = run_script("accuracy.py", "--loss", "pairwise", "--device", device)
+    assert all(name in output for name in (*trained_pairs.LOSSES, *trained_pairs.QUANTITIES[:2]))
+
+
+def test_one_process_of_pairs(tmp_path):
+    """In this one: those of a group take seconds to start."""
+    path, threads = tmp_path / "results.csv", torch.get_num_threads()
+    start_file(path)
+    job = argparse.Namespace(processes=[1], batch=64, repeats=1)
+    try:
+        pairwise_processes.run_process(0, str(tmp_path), path, job)
+    finally:
+        torch.set_num_threads(threads)
+    rows = read_rows(path)
+    assert [row.contender for row in rows] == ["eager", "chunked", "fused"]
+    assert {(row.workload, row.shape, row.threads) for row in rows} == {("1 process", "64x64", 1)}
+
+
+@pytest.mark.large
+def test_processes_of_pairs(tmp_path):
+    """The script itself compares the losses and the gradients of the contenders."""
+    path, batch = tmp_path / "results.csv", 512
+    options = ["--processes", 1, 2, 4, "--batch", batch, "--repeats", 1]
+    output = run_script("pairwise_processes.py", *options, "--output", path)
+    assert "4 processes, 512 x 2048" in output
+    peaks = {(row.contender, row.workload): row.peak_bytes for row in read_rows(path)}
+    logits, features = 4 * batch**2, 4 * batch * pairwise_processes.FEATURES
+    # Autograd keeps the labels, their product with the logits and more of two neighbours' pairs;
+    # of the chunks, the logits.
+    kept = {"eager": 2, "chunked": 1}
+    for name, blocks in kept.items():
+        growth = peaks[name, "4 processes"] - peaks[name, "2 processes"]
+        assert growth >= 2 * blocks * logits
+    # What is of one neighbour, before the next one's comes in
+    assert peaks["fused", "4 processes"] - peaks["fused", "2 processes"] <= features + 4096
+    assert_plotted(tmp_path, "-pairwise-fwd-bwd")
 
 
 @pytest.mark.usefixtures("small")
@@ -718,6 +820,36 @@ def test_ladders_of_head():
         "gemms (the limit)": {1},
         "linear layer, fused": {3},
         "head by default": {2},
+    }
+
+
+def test_ladder_of_pairwise():
+    """Memory and time over the batch; the limit has no peak."""
+    rows = [
+        make_row(
+            contender=name,
+            workload="batch",
+            numel=batch**2,
+            shape=f"{batch}x{batch}",
+            median_seconds=seconds * batch,
+            peak_bytes=peak and peak * batch**2,
+        )
+        for batch in (1024, 2048)
+        for name, seconds, peak in (("gemms", 1, None), ("eager", 3, 16), ("fused", 2, 1))
+    ]
+    peaks, times = (
+        {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+        for axes in plot_batch(rows).axes
+    )
+    assert peaks == {
+        "eager": [[1024, 16], [2048, 64]],
+        "fused": [[1024, 1], [2048, 4]],
+        "the logits": [[1024, 4], [2048, 16]],
+    }
+    assert times == {
+        "eager": [[1024, 3072], [2048, 6144]],
+        "fused": [[1024, 2048], [2048, 4096]],
+        "gemms (the limit)": [[1024, 1024], [2048, 2048]],
     }
 
 
