@@ -104,15 +104,20 @@ class _LossOverProcesses(torch.autograd.Function):
     def forward(ctx, scaled, text, bias, pairs, exchange):
         wanted = [*ctx.needs_input_grad[:3]]
         loss, grad_scaled, grad_text, grad_bias = pairs.loss_and_grads(text, "diagonal", wanted)
+
+        def grad_of(features):
+            """Adds up all but the gradient of the features."""
+            part, of_scaled, grad, of_bias = pairs.loss_and_grads(features, None, wanted)
+            loss.add_(part)
+            grad_scaled.add_(of_scaled)
+            grad_bias.add_(of_bias)
+            return grad
+
         for features, give_back in exchange(text):
-            grad = torch.zeros_like(grad_text)
-            if features is not None:
-                part, of_scaled, grad, of_bias = pairs.loss_and_grads(features, None, wanted)
-                loss = loss + part
-                grad_scaled += of_scaled
-                grad_bias += of_bias
+            grad = torch.zeros_like(grad_text) if features is None else grad_of(features)
             if wanted[1]:
                 grad_text += give_back(grad)
+            del grad  # or it would be there beside the next
         ctx.text_dtype = text.dtype
         ctx.grads = grad_scaled, grad_text, grad_bias
         return loss

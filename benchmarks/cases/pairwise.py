@@ -23,7 +23,7 @@ class Spec:
 BATCH = "batch"
 WORKLOADS = {BATCH: Spec(512, tuple(2**power for power in range(10, 15)))}
 # Batches from which the products are long, and the logits large, beside all that is N x F
-LONG_PRODUCTS, LARGE_LOGITS = 4096, 8192
+LONG_PRODUCTS, LARGE_LOGITS = 4096, 16384
 # As SigLIP's training starts
 SCALE, BIAS = 10.0, -10.0
 

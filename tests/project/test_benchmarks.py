@@ -652,7 +652,7 @@ def test_processes_of_pairs(tmp_path):
     for name, blocks in kept.items():
         growth = peaks[name, "4 processes"] - peaks[name, "2 processes"]
         assert growth >= 2 * blocks * logits
-    # What is of one neighbour, before the next one's comes in
+    # The texts that are passed on, while the next ones come in
     assert peaks["fused", "4 processes"] - peaks["fused", "2 processes"] <= features + 4096
     assert_plotted(tmp_path, "-pairwise-fwd-bwd")
 
