@@ -1,5 +1,7 @@
 """What the tests of the CUDA kernels share."""
 
+import contextlib
+
 import pytest
 import torch
 from helpers import EMULATES_CUDA, Result, assert_results_no_worse, evaluate, reference, torch_bce
@@ -43,3 +45,33 @@ def assert_close_to_torch(got: Result, logits, target, **options):
         # Smoothed targets round in float32, and near 0 their gradients cancel.
         atol = 8 * eps * e.abs().max().item()
         torch.testing.assert_close(g.cpu().double(), e, rtol=8 * eps, atol=atol)
+
+
+def capture(compute):
+    """A CUDA graph of compute(), and its result, which every replay writes anew."""
+    warm_up = torch.cuda.Stream()
+    warm_up.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm_up):
+        for _ in range(3):
+            compute()
+    torch.cuda.current_stream().wait_stream(warm_up)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = compute()
+    return graph, result
+
+
+@contextlib.contextmanager
+def no_synchronisation():
+    """Where the host waits for the device, an error is raised."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+sync_debug_mode = pytest.mark.filterwarnings(
+    "ignore:Synchronization debug mode is a prototype feature:UserWarning"
+)

@@ -1,7 +1,5 @@
 """What only a GPU has: streams, graphs, devices, launches, its memory."""
 
-import contextlib
-
 import pytest
 import torch
 from common import (
@@ -10,9 +8,12 @@ from common import (
     assert_close_to_torch,
     assert_same_bits,
     by_extras,
+    capture,
     check_result,
     expected_results,
     make_grad_loss,
+    no_synchronisation,
+    sync_debug_mode,
 )
 from helpers import (
     REDUCTIONS,
@@ -67,20 +68,6 @@ def test_side_stream(dtype, reduction):
         got = evaluate(fused, late, target, **options)
     torch.cuda.current_stream().wait_stream(stream)
     check_result(got, logits, target, **options)
-
-
-def capture(compute):
-    """A CUDA graph of compute(), and its result, which every replay writes anew."""
-    warm_up = torch.cuda.Stream()
-    warm_up.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(warm_up):
-        for _ in range(3):
-            compute()
-    torch.cuda.current_stream().wait_stream(warm_up)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = compute()
-    return graph, result
 
 
 def replaying(compute):
@@ -340,22 +327,6 @@ def test_memory_is_that_of_torch():
     name = "allocation.all.allocated"
     assert after[name] - before[name] >= 3 * 100
     check_result(expected, logits, target)
-
-
-@contextlib.contextmanager
-def no_synchronisation():
-    """Where the host waits for the device, an error is raised."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
-sync_debug_mode = pytest.mark.filterwarnings(
-    "ignore:Synchronization debug mode is a prototype feature:UserWarning"
-)
 
 
 @sync_debug_mode

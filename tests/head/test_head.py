@@ -119,6 +119,12 @@ def test_sizes(rows, labels, chunk_bytes, device):
     assert_near(got, exact(operands, dense, reduction="sum"), DOUBLE)
 
 
+def test_no_positives_and_nothing_else(device):
+    operands = draw_operands(device, torch.float64)
+    for dense in (torch.zeros(ROWS, LABELS).bool(), torch.ones(ROWS, LABELS).bool()):
+        assert_near(evaluate(operands, as_rows(dense).to(device)), exact(operands, dense), DOUBLE)
+
+
 @pytest.mark.parametrize(("rows", "labels"), [(3, 0), (0, 3)], ids=str)
 def test_mean_of_nothing(rows, labels, device):
     """As torch's: nan. batchmean divides by the rows alone."""
