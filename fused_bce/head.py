@@ -193,22 +193,25 @@ def linear_loss(input, linear_weight, target, operands, arguments) -> Tensor:
 
 
 def _on_whole_logits(input, linear_weight, target, options) -> Tensor:
-    logits = F.linear(input, linear_weight, options["linear_bias"])
+    rows = input if input.dim() > 1 else input[None]
+    logits = F.linear(rows.flatten(0, -2), linear_weight, options["linear_bias"])
     if isinstance(target, SparseTarget):
-        target = target.to_dense().view(logits.shape)
+        target = target.to_dense()
     # In the dtype of the target, which is that of the loss.
     wide = torch.promote_types(logits.dtype, torch.float32)
     if target.is_floating_point():
         wide = torch.promote_types(wide, target.dtype)
-    return reference.binary_cross_entropy_with_logits(
+    batchmean = options["reduction"] == "batchmean"
+    loss = reference.binary_cross_entropy_with_logits(
         logits,
-        target.to(wide),
+        target.to(wide).reshape(logits.shape),
         options["weight"],
         options["pos_weight"],
-        options["reduction"],
+        "sum" if batchmean else options["reduction"],
         options["label_smoothing"],
         options["ignore_index"],
     )
+    return loss / rows.size(0) if batchmean else loss
 
 
 def check_numbers(reduction: str, label_smoothing: float, chunk_bytes: int | None) -> None:

@@ -1,6 +1,7 @@
 """The gradients of the head by every road: stored or computed again, eagerly or in torch's own
 operations; and what it refuses."""
 
+import math
 import re
 
 import pytest
@@ -147,6 +148,21 @@ def test_transforms_go_to_torch(device):
         torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent.cpu(), want.grads[1].sum())
     assert reasons[3:] == ["inside forward-mode differentiation"]
     assert why_not_fused(input, target, linear_weight=weight, linear_bias=bias) is None
+
+
+@by_reduction
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)], ids=str)
+def test_transforms_of_every_shape(shape, reduction, device):
+    """The same value in torch's operations, also where there are no rows or rows of rows."""
+    rows = max(1, math.prod(shape))
+    _, weight, bias = (t.detach() for t in draw_operands(device, torch.float64))
+    input = torch.randn(*shape, FEATURES, dtype=torch.float64, device=device)
+    target = as_rows(torch.rand(rows, LABELS) < 0.1).to(device)
+    options = {"linear_bias": bias, "reduction": reduction}
+    options["weight"] = torch.rand(rows, 1, device=device).double()
+    value = head(input, weight, target, **options)
+    by_torch, _ = torch.func.vjp(lambda x: head(x, weight, target, **options), input)
+    torch.testing.assert_close(by_torch, value)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")
