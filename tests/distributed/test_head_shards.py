@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import assert_double_close, by_torch
-from processes import by_world_size, meshes, run
+from processes import meshes, run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -342,6 +342,7 @@ def check_head():
         check_rows_and_labels()
 
 
-@by_world_size
+# Four have a square mesh, too.
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.large), 4], ids=str)
 def test_head(world_size, tmp_path):
     run(check_head, world_size, tmp_path)

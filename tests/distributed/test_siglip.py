@@ -110,6 +110,10 @@ def check_all():
     check_memory()
 
 
-@pytest.mark.parametrize("world_size", [2, 3, pytest.param(4, marks=pytest.mark.large)], ids=str)
+@pytest.mark.parametrize(
+    "world_size",
+    [pytest.param(2, marks=pytest.mark.large), 3, pytest.param(4, marks=pytest.mark.large)],
+    ids=str,
+)
 def test_siglip(world_size, tmp_path):
     run(check_all, world_size, tmp_path)
