@@ -125,19 +125,8 @@ def binary_cross_entropy_with_logits(
             recompute=recompute,
         )
     if reason is not None and isinstance(sparse := as_sparse(target), SparseTarget):
-        return binary_cross_entropy_with_logits(
-            input,
-            sparse,
-            weight,
-            size_average,
-            reduce,
-            reduction,
-            pos_weight,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            validate_targets=validate_targets,
-            recompute=recompute,
-        )
+        target = sparse.to_dense()
+        reason = why_not_dense(input, target, weight, pos_weight)
     if ignore_index is not None:
         ignore_index = check_ignore_index(ignore_index, target)
     if validate_targets:

@@ -105,8 +105,10 @@ class PairwiseOperands(NamedTuple):
         """The loss, and its gradients in float32 or float64 for those that are wanted."""
         target = _target(positives, self.scaled, input2)
         dtype = self.arguments["dtype"]
-        if dtype is None and torch.is_autocast_enabled(input2.device.type):
-            dtype = torch.get_autocast_dtype(input2.device.type)
+        # What the operator's autocast does, which is below autograd: float64 stays what it is.
+        device = input2.device.type
+        if self.scaled.dtype != torch.float64 and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
         return ops.linear_binary_cross_entropy_with_grads(
             wanted,
             None,

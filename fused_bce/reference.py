@@ -19,29 +19,14 @@ def binary_cross_entropy_with_logits(
     ignore_index: int | float | None,
 ) -> Tensor:
     """As :func:`fused_bce.functional.binary_cross_entropy_with_logits`."""
-    if reduction == "batchmean":
-        total = _reduced_loss(
-            input, target, weight, pos_weight, "sum", label_smoothing, ignore_index
-        )
-        return total / input.size(0)
-    return _reduced_loss(
-        input, target, weight, pos_weight, reduction, label_smoothing, ignore_index
-    )
-
-
-def _reduced_loss(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    reduction: str,
-    label_smoothing: float,
-    ignore_index: int | float | None,
-) -> Tensor:
     ignored = None if ignore_index is None else is_ignored(target, ignore_index)
     target = smoothed(with_floats(target, input), label_smoothing)
+    batchmean = reduction == "batchmean"
+    if batchmean:
+        reduction = "sum"
     if ignored is None or target.size() != input.size():
-        return torch_bce(input, target, weight, reduction=reduction, pos_weight=pos_weight)
+        loss = torch_bce(input, target, weight, reduction=reduction, pos_weight=pos_weight)
+        return loss / input.size(0) if batchmean else loss
     losses = loss_of_kept(input, target, ignored, weight, pos_weight)
     reduction_number = _reduction.get_enum(reduction)
     if reduction_number == 0:
@@ -49,6 +34,8 @@ def _reduced_loss(
     total = sum_of(losses)
     if reduction_number == 1:
         total = total / (~ignored).sum().clamp(min=1)
+    elif batchmean:
+        total = total / input.size(0)
     return total.to(losses.dtype)
 
 

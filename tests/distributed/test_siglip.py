@@ -105,6 +105,7 @@ def check_all():
         # A logit of 5 is rounded to the dtype by up to half a unit, its gradient with it.
         check_against_all_pairs(way, torch.bfloat16, 2**-5, enabled=False)
         check_against_all_pairs(way, torch.float32, 2**-5)
+        check_against_all_pairs(way, torch.float64, 1e-13)
         check_frozen(way)
     check_refusals()
     check_memory()
