@@ -6,6 +6,7 @@
 
 #include "cpu/isa.h"
 #include "device.h"
+#include "eager_loss.h"
 #include "ops.h"
 #include "problem.h"
 
@@ -61,8 +62,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", &instruction_set_names);
   m.def("current_instruction_set", [] { return fused_bce::current_instruction_set().name; });
   m.def("use_instruction_set", &fused_bce::use_instruction_set, py::arg("name"));
+  if (PyModule_AddFunctions(m.ptr(), fused_bce::kEagerLoss) != 0) throw py::error_already_set();
   if constexpr (fused_bce::kHasCuda) {
-    m.def("cuda_covers_current_device", &fused_bce::cuda_covers_current_device);
+    m.def("has_kernels_for_gpu",
+          [](c10::DeviceIndex index) { return fused_bce::has_kernels_for({c10::kCUDA, index}); });
     m.def("limit_cuda_blocks", &fused_bce::limit_cuda_blocks, py::arg("most"));
   }
 }

@@ -30,4 +30,7 @@ inline bool is_on_gpu(const at::Tensor&) { return false; }
 inline void* current_stream() { return nullptr; }
 #endif
 
+// Whether this build has code that runs on this device, which is the CPU or a GPU.
+bool has_kernels_for(c10::Device device);
+
 }  // namespace fused_bce

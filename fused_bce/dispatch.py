@@ -104,7 +104,7 @@ def why_not_dense(
     if (input_keys | target_keys) & _CUDA_BIT:
         if input.device != target.device:
             return "input and target are on different devices"
-        if not _covers(input.get_device()):
+        if not _C.has_kernels_for_gpu(input.get_device()):
             return f"this build has no kernels for the GPU, only for {_CUDA_ARCHS}"
     if input.dtype not in _FLOATS:
         return f"input has dtype {input.dtype}"
@@ -164,7 +164,7 @@ def why_not_linear(
             return "an operand is not an ordinary tensor"
         if tensor.device != input.device and not (tensor.is_cpu and tensor.dim() == 0):
             return "operands are on different devices"
-    if input.is_cuda and not traced and not _covers(input.get_device()):
+    if input.is_cuda and not traced and not _C.has_kernels_for_gpu(input.get_device()):
         return f"this build has no kernels for the GPU, only for {_CUDA_ARCHS}"
     if torch.is_grad_enabled():
         for tensor in (*of_target, weight, pos_weight):
@@ -271,13 +271,6 @@ def are_shards(*tensors: Tensor | None) -> bool:
 def _replicates_implicitly() -> bool:
     dispatcher = sys.modules["torch.distributed.tensor"].DTensor._op_dispatcher
     return dispatcher._allow_implicit_replication
-
-
-@functools.cache
-def _covers(device_index: int) -> bool:
-    """Whether machine code or PTX in this build runs on this GPU."""
-    with torch.cuda.device(device_index):
-        return _C.cuda_covers_current_device()
 
 
 def _what_is(tensor: Tensor, name: str) -> str:

@@ -7,7 +7,7 @@ from torch.nn import _reduction
 from torch.nn.functional import binary_cross_entropy_with_logits as torch_bce
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fused_bce import reference
+from fused_bce import _C, reference
 from fused_bce.checks import (
     check_ignore_index,
     check_label_smoothing,
@@ -105,6 +105,22 @@ def binary_cross_entropy_with_logits(
         >>> loss, input.grad
         (tensor(0.3048, grad_fn=<...>), tensor([-0.1258,  0.0896, -0.0397]))
     """
+    if not torch.compiler.is_compiling():
+        loss = _C.eager_loss(
+            input,
+            target,
+            weight,
+            size_average,
+            reduce,
+            reduction,
+            pos_weight,
+            label_smoothing,
+            ignore_index,
+            validate_targets,
+            recompute,
+        )
+        if loss is not None:
+            return loss
     if isinstance(target, SparseTarget):
         target = target.to_dense()
     reason = why_not_dense(input, target, weight, pos_weight)

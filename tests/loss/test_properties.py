@@ -23,6 +23,7 @@ from helpers import (
     Result,
     assert_double_close,
     by_torch,
+    eager_loss,
     evaluate,
     fused,
     is_fused,
@@ -35,7 +36,7 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fused_bce import _C
+from fused_bce import _C, why_not_fused
 
 COMMON = {
     "deadline": None,
@@ -546,6 +547,9 @@ def test_any_arguments(device, logits, target, weight, pos_weight, reduction, le
             function, input, label.to_dense() if dense else label, w, *legacy, reduction, p
         )
 
+    operands = [EVERY_ARGUMENT[name](device) for name in (logits, target, weight, pos_weight)]
+    if eager_loss(*operands, reduction=reduction) is not None:
+        assert why_not_fused(*operands) is None
     # More than torch takes: a sparse target counts as the dense one that it stands for.
     ours, theirs = call(fused), call(torch_bce, dense=target == "sparse")
     assert (ours.error and ours.error[0]) == (theirs.error and theirs.error[0])

@@ -17,6 +17,7 @@ from helpers import (
     by_dtype,
     by_reduction,
     by_weights,
+    eager_loss,
     fused,
     is_fused,
     make_weights,
@@ -467,6 +468,9 @@ def test_ordinary_calls_are_fused(weights, reduction, dtype, device):
     # Half types are rounded to the nearest here and after each operation there.
     tolerance = 8 * torch.finfo(dtype).eps
     torch.testing.assert_close(loss, expected, rtol=tolerance, atol=tolerance)
+    quick = eager_loss(logits, target, **weights, reduction=reduction)
+    assert torch.equal(quick, loss)
+    assert is_fused(quick)
 
 
 def zeros(device, dtype=torch.float32, shape=(3, 4)):
@@ -551,6 +555,21 @@ UNFUSED_CALLS = {  # arguments, and the reason
 def test_why_not_fused_of_arguments(make, reason, device):
     Recording.calls = []
     assert why_not_fused(*make(device)).startswith(reason)
+    assert eager_loss(*make(device)) is None
+    assert not Recording.calls
+
+
+@pytest.mark.parametrize(
+    "extras", [*FX_OPTIONS.values(), {"reduction": "batchmean"}, {"reduction": None}], ids=str
+)
+def test_the_quick_way_leaves_extras_to_python(extras, device):
+    logits, target = batch(device)
+    assert (eager_loss(logits, target, **extras) is None) == bool(extras)
+
+
+def test_the_quick_way_takes_what_it_says():
+    with pytest.raises(TypeError, match="eager_loss takes 11 arguments"):
+        fused_bce._C.eager_loss(torch.zeros(3), torch.zeros(3))
 
 
 def test_why_not_fused_names_what_is_unusual(device):
@@ -597,6 +616,7 @@ def test_why_not_fused_inside_a_mode(mode, reason, device):
     expected = torch_bce(logits, target)
     with mode():
         assert why_not_fused(logits, target) == reason
+        assert eager_loss(logits, target) is None
         loss = fused(logits, target)
     assert not is_fused(loss)
     assert_double_close(loss, expected)
@@ -612,6 +632,7 @@ def test_why_not_fused_inside_torch_func(device):
         reasons.append(why_not_fused(x, target))
         # Not even of tensors that the transform does not follow.
         reasons.append(why_not_fused(logits, target))
+        assert eager_loss(x, target) is eager_loss(logits, target) is None
         return fused(x, target)
 
     assert_double_close(
@@ -628,6 +649,7 @@ def test_why_not_fused_inside_a_trace(device):
 
     def loss(x):
         reasons.append(why_not_fused(x, target))
+        assert eager_loss(x, target) is None
         return fused(x, target)
 
     torch.jit.trace(loss, logits, check_trace=False)
@@ -649,6 +671,7 @@ def test_why_not_fused_forgives_weights_where_no_gradient_is_taken(device):
     weight = torch.ones(4, dtype=DOUBLE, device=device, requires_grad=True)
     with torch.no_grad():
         assert why_not_fused(logits, target, weight, weight) is None
+        assert eager_loss(logits, target, weight, weight) is not None
         assert_double_close(fused(logits, target, weight), torch_bce(logits, target, weight))
 
 
