@@ -6,7 +6,7 @@ VENV ?= .venv
 python := $(VENV)/bin/python
 built := $(VENV)/.built
 
-.PHONY: demo test bench lint docs sanitize gpu
+.PHONY: demo test wheel bench lint docs sanitize gpu
 
 demo: $(built)  ## train on real data with torch's loss and with ours, then the tutorial's listings
 	$(python) examples/train_digits.py --output demo-output
@@ -14,6 +14,9 @@ demo: $(built)  ## train on real data with torch's loss and with ours, then the 
 
 test: $(built)  ## all tests but those marked large
 	$(python) -m pytest
+
+wheel: $(VENV)/.torch  ## a wheel for TORCH, in dist/
+	PYTHON=$(python) bash .ci/build-wheel dist
 
 bench: $(built)  ## measure on the CPU ours beside eager, torch.compile and the memory, and plot it
 	$(python) benchmarks/run.py --device cpu --preset goals

@@ -1,9 +1,11 @@
-"""Builds fused_bce._C. What is not metadata (pyproject.toml) is decided here.
+"""Builds fused_bce._C. What is not metadata (pyproject.toml) is decided here, and two pieces of
+metadata that depend on the torch at hand: the version and what the package requires.
 
 Environment variables:
   FORCE_CUDA            1: build the CUDA kernels although no GPU is visible; 0: leave them out
   TORCH_CUDA_ARCH_LIST  GPU architectures, such as "8.0;9.0+PTX" (default: see DEFAULT_CUDA_ARCHS)
   EMULATE_CUDA          1: compile the CUDA kernels for the host, for tests: see tests/emulator
+  TAG_VERSION           1: name what it is built for in the version: see .ci/build-wheel
   DEBUG                 1: no optimisation, debug symbols
   SANITIZE              sanitizers of the compiler, such as "address,undefined": see .ci/sanitize
   MAX_JOBS              compilers that run at the same time
@@ -11,6 +13,7 @@ Environment variables:
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,14 +38,40 @@ if int(setuptools.__version__.split(".")[0]) < 77:
         'pip install "setuptools>=77"'
     )
 
-if torch.__version__ < "2.11":
-    # Else pip would build for this one and then install a newer torch, as the metadata asks.
-    sys.exit(f"fused_bce needs torch 2.11 or newer, and this is torch {torch.__version__}")
+OLDEST_TORCH = "2.11"
+if torch.__version__ < OLDEST_TORCH:
+    sys.exit(
+        f"fused_bce needs torch {OLDEST_TORCH} or newer, and this is torch {torch.__version__}"
+    )
 
 # Ampere and Hopper as machine code, PTX for what comes after.
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
 
 ROOT = Path(__file__).parent
+
+# An sdist is for any torch; all else that is made here has been compiled for this one.
+IS_SDIST = "sdist" in sys.argv
+
+
+def requirements() -> list[str]:
+    """The extension loads under one minor release of torch: see check_torch_version in csrc."""
+    major, minor = torch.__version__.split(".")[:2]
+    return [f"torch>={OLDEST_TORCH}" if IS_SDIST else f"torch=={major}.{minor}.*"]
+
+
+def version() -> str:
+    """0.1.0, or 0.1.0+pt213cpu: the local version of PyTorch Geometric's wheels, which has torch's
+    minor release and CUDA's in letters and digits, so that PEP 440 and indexes leave it as it is.
+
+    Not unless asked for: pip refuses an sdist whose metadata have another version than its name.
+    """
+    text = (ROOT / "fused_bce/__init__.py").read_text()
+    public = re.search('^__version__ = "(.+)"$', text, re.MULTILINE)[1]
+    if IS_SDIST or os.environ.get("TAG_VERSION") != "1":
+        return public
+    major, minor = torch.__version__.split(".")[:2]
+    kernels = f"cu{torch.version.cuda.replace('.', '')}" if use_cuda() else "cpu"
+    return f"{public}+pt{major}{minor}{kernels}"
 
 
 def sources(folder: str, suffix: str) -> list[str]:
@@ -159,6 +188,8 @@ def extension():
 
 
 setup(
+    version=version(),
+    install_requires=requirements(),
     ext_modules=[extension()],
     cmdclass={"build_ext": cpp_extension.BuildExtension},
     # Without ninja setuptools would take the extension that an earlier build for another torch left

@@ -1,0 +1,68 @@
+"""What a wheel and an sdist say about the torch that they are for."""
+
+import os
+import subprocess
+import sys
+import tarfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_bce
+
+ROOT = Path(__file__).parents[2]
+MINOR = ".".join(torch.__version__.split(".")[:2])
+
+
+def run_setup(*arguments, before="pass", **environment):
+    """setup.py as the build backend runs it, in the source folder."""
+    code = f"import runpy, sys; {before}; runpy.run_path('setup.py')"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "-q", *map(str, arguments)],
+        env=os.environ | {"FORCE_CUDA": "0"} | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def required_torch(metadata) -> list[str]:
+    return [line for line in metadata.get_all("Requires-Dist") if line.startswith("torch")]
+
+
+@pytest.mark.parametrize("tagged", ["0", "1"])
+def test_a_build_requires_the_torch_it_was_compiled_for(tmp_path, tagged):
+    """Of a wheel, of what pip makes of the source folder, and of an editable install."""
+    run_setup("egg_info", "--egg-base", tmp_path, TAG_VERSION=tagged)
+    metadata = Parser().parsestr((tmp_path / "fused_bce.egg-info" / "PKG-INFO").read_text())
+    assert required_torch(metadata) == [f"torch=={MINOR}.*"]
+    tag = f"+pt{MINOR.replace('.', '')}cpu" if tagged == "1" else ""
+    assert metadata["Version"] == fused_bce.__version__ + tag
+
+
+def test_an_sdist_is_for_any_torch(tmp_path):
+    """Even when a tagged wheel is built from it in the same command, as .ci/build-wheel does."""
+    run_setup("egg_info", "--egg-base", tmp_path, "sdist", "-d", tmp_path, TAG_VERSION="1")
+    name = f"fused_bce-{fused_bce.__version__}"
+    with tarfile.open(tmp_path / f"{name}.tar.gz") as sdist:
+        text = sdist.extractfile(f"{name}/PKG-INFO").read().decode()
+    metadata = Parser().parsestr(text)
+    assert metadata["Version"] == fused_bce.__version__
+    assert required_torch(metadata) == ["torch>=2.11"]
+    # Installers may take what an sdist says for what its wheel will say, but for this.
+    assert "requires-dist" in metadata.get_all("Dynamic")
+
+
+def test_the_tag_names_cuda():
+    """As the tags of others do, its release without the dot; no compiler is needed to say so."""
+    pretend = (
+        "import torch; from torch.utils import cpp_extension; "
+        "torch.version.cuda = '13.0'; cpp_extension.CUDA_HOME = '/absent'"
+    )
+    version = run_setup("--version", before=pretend, FORCE_CUDA="1", TAG_VERSION="1")
+    assert version.split()[-1] == f"{fused_bce.__version__}+pt{MINOR.replace('.', '')}cu130"
