@@ -16,10 +16,14 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import setuptools
 from setuptools import setup
+
+if sys.platform == "win32":
+    sys.exit("fused_bce does not support Windows: its kernels are written for GCC and Clang")
 
 try:
     import pybind11
@@ -102,7 +106,7 @@ def check_cuda_toolchain() -> None:
 
 
 def check_compiler() -> None:
-    """Clang calls LLVM's OpenMP runtime; on Linux torch brings GCC's, and nothing would load."""
+    """On Linux torch brings GCC's OpenMP runtime, on macOS LLVM's, which is what Clang calls."""
     compiler = cpp_extension.get_cxx_compiler()
     command = [*compiler.split(), "-dM", "-E", "-x", "c++", os.devnull]
     try:
@@ -113,6 +117,8 @@ def check_compiler() -> None:
         sys.exit(
             f"On Linux fused_bce is built by GCC, as torch is, but {compiler} is Clang: set CXX=g++"
         )
+    if sys.platform == "darwin" and "__clang__" not in macros:
+        sys.exit(f"On macOS fused_bce is built by Clang, as torch is: {compiler} is not")
 
 
 def compile_args() -> list[str]:
@@ -123,10 +129,24 @@ def compile_args() -> list[str]:
         args += ["-O0", "-g"]
     else:
         args += ["-O3", "-g0"]
-    # Without -fopenmp at::parallel_for is serial. It is not given to the linker: the symbols come
-    # from the OpenMP runtime that torch brings, so that there is one pool of threads. The thread
-    # sanitizer takes the barriers of that runtime, which it cannot see into, for races.
-    return args if "thread" in os.environ.get("SANITIZE", "") else [*args, "-fopenmp"]
+    return [*args, *openmp_args()]
+
+
+def openmp_args() -> list[str]:
+    """For the compiler only, without which at::parallel_for is serial. The linker gets none: the
+    symbols come from the OpenMP runtime that torch brings, so that there is one pool of threads."""
+    if "thread" in os.environ.get("SANITIZE", ""):
+        # Takes the barriers of that runtime, which it cannot see into, for races.
+        return []
+    if sys.platform != "darwin":
+        return ["-fopenmp"]
+    # Apple's compiler has OpenMP, and its driver hides it; the header comes with torch's wheels.
+    if any(Path(folder, "omp.h").exists() for folder in cpp_extension.include_paths()):
+        return ["-Xpreprocessor", "-fopenmp"]
+    warnings.warn(
+        "there is no omp.h beside this torch: fused_bce will use one thread", stacklevel=2
+    )
+    return []
 
 
 def sanitizer_args() -> list[str]:

@@ -92,6 +92,43 @@ def test_clang_is_refused(tmp_path):
     assert f"but {clang} is Clang: set CXX=g++" in error_of_setup(CXX=str(clang))
 
 
+def test_gcc_is_refused_on_macos(tmp_path):
+    gcc = tmp_path / "g++"
+    gcc.write_text("#!/bin/sh\necho '#define __GNUC__ 14'\n")
+    gcc.chmod(0o755)
+    pretend = "import torch.utils.cpp_extension, sys; sys.platform = 'darwin'"
+    assert f"is built by Clang, as torch is: {gcc} is not" in error_of_setup(pretend, CXX=str(gcc))
+
+
+def test_windows_is_refused():
+    error = error_of_setup("import setuptools; sys.platform = 'win32'")
+    assert error.startswith("fused_bce does not support Windows")
+
+
+def openmp_args_on_macos(includes, **environment):
+    code = (
+        "import runpy, sys; from torch.utils import cpp_extension; "
+        f"cpp_extension.include_paths = lambda *_: [{str(includes)!r}]; "
+        "sys.argv = ['setup.py', '--name']; build = runpy.run_path('setup.py'); "
+        "sys.platform = 'darwin'; print(build['openmp_args']())"
+    )
+    result = run_python("-c", code, FORCE_CUDA="0", **environment)
+    return result.stdout.splitlines()[-1], result.stderr
+
+
+def test_openmp_on_macos(tmp_path):
+    """Without the header that torch's wheels for macOS bring there is a warning, not an error."""
+    args, warnings = openmp_args_on_macos(tmp_path)
+    assert args == "[]"
+    assert "there is no omp.h beside this torch: fused_bce will use one thread" in warnings
+    (tmp_path / "omp.h").touch()
+    args, warnings = openmp_args_on_macos(tmp_path)
+    assert args == "['-Xpreprocessor', '-fopenmp']"
+    assert "omp.h" not in warnings
+    args, _ = openmp_args_on_macos(tmp_path, SANITIZE="thread")
+    assert args == "[]"
+
+
 @pytest.mark.parametrize("script", sorted(ROOT.glob(".ci/*")), ids=lambda path: path.name)
 def test_selections_of_tests_are_one_line(script):
     """pytest takes no other for -k, and some of these scripts run where a failure is dear."""
