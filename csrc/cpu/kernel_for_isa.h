@@ -12,7 +12,7 @@
 #include <limits>
 #include <type_traits>
 
-#if FUSED_BCE_VECTOR_BYTES > 16
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 

@@ -35,9 +35,6 @@ template <Pass kPass, bool kHasWeight, bool kHasPosWeight, bool kHasExtras, clas
           class L, class S>
 double run_tile(const Formula& formula, const Tile<T, L, S>& tile) {
   using V = Vec<T>;
-  // Several sums: short runs in T keep the rounding errors down, and the additions overlap.
-  constexpr int kSums = 4;
-  V sums[kSums] = {V(0), V(0), V(0), V(0)};
   // Copies, which no store can alias: they stay in registers.
   const Tile<T, L, S> t = tile;
   const Formula f = formula;
@@ -63,14 +60,30 @@ double run_tile(const Formula& formula, const Tile<T, L, S>& tile) {
     if (has_losses(kPass)) r.loss.store(t.losses + i);
     if (has_grad(kPass)) narrow(r.grad * grad_scale, t.grad_logits + i);
   };
-  int i = 0;
-  for (; i + kSums * V::kLanes <= t.n; i += kSums * V::kLanes)
-    for (int k = 0; k < kSums; ++k) step(i + k * V::kLanes, sums[k]);
-  for (; i < t.n; i += V::kLanes) step(i, sums[0]);
+  const auto step_of_two = [&](const auto* logits, const auto* target, auto* grad_logits,
+                               V& sum) __attribute__((always_inline)) {
+    const Halves x = widen_halves(logits), y = widen_halves(target);
+    const auto even = f.template evaluate<false>(x.even, y.even, V(1));
+    const auto odd = f.template evaluate<false>(x.odd, y.odd, V(1));
+    if (has_sum(kPass)) sum = sum + even.loss + odd.loss;
+    if (has_grad(kPass))
+      narrow_halves({even.grad * grad_scale, odd.grad * grad_scale}, grad_logits);
+  };
+  constexpr bool kInOrder = kHasWeight || kHasPosWeight || has_losses(kPass);
 
-  double sum = 0;
-  for (const V& s : sums) sum += sum_of_lanes(s);
-  return sum;
+  // Short runs in T keep the rounding errors down.
+  constexpr int kRun = kTile<T> / 4;
+  V sum(0);
+  for (int i = 0; i < t.n;) {
+    const int end = std::min(i + kRun, t.n);
+    V run(0);
+    if constexpr (kAreHalves<L, S> && !kInOrder)
+      for (; i + 2 * V::kLanes <= end; i += 2 * V::kLanes)
+        step_of_two(t.logits + i, t.target + i, t.grad_logits + i, run);
+    for (; i < end; i += V::kLanes) step(i, run);
+    sum = sum + run;
+  }
+  return sum_of_lanes(sum);
 }
 
 template <class Formula, class T, class L, class S>
@@ -117,13 +130,28 @@ T number(Integer stored) {
   return static_cast<T>(stored);
 }
 
+template <class T, class S>
+void read_numbers(const S* p, int count, T* out) {
+  for (int i = 0; i < count; ++i) out[i] = number<T>(p[i]);
+}
+// Through their low halves where these are all of them: few processors have more for vectors.
+template <class T>
+void read_numbers(const int64_t* p, int count, T* out) {
+  uint64_t beyond = 0;
+  for (int i = 0; i < count; ++i) beyond |= (static_cast<uint64_t>(p[i]) + 0x80000000) >> 32;
+  if (beyond == 0)
+    for (int i = 0; i < count; ++i) out[i] = static_cast<T>(static_cast<int32_t>(p[i]));
+  else
+    for (int i = 0; i < count; ++i) out[i] = static_cast<T>(p[i]);
+}
+
 template <class T>
 void read_any(const void* data, DType dtype, int64_t at, int count, T padding, T* out) {
   with_dtype<SimdHalf>(dtype, [=](auto tag) {
     using S = decltype(tag);
     const S* const p = static_cast<const S*>(data) + at;
     if constexpr (std::is_integral_v<S> || std::is_same_v<S, Boolean>) {
-      for (int i = 0; i < count; ++i) out[i] = number<T>(p[i]);
+      read_numbers(p, count, out);
       for (int i = count; i % Vec<T>::kLanes != 0; ++i) out[i] = padding;
     } else if constexpr (!(std::is_same_v<S, double> && std::is_same_v<T, float>)) {
       read(p, count, padding, out);  // float64 only where the arithmetic is in double, too

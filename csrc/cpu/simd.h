@@ -21,6 +21,17 @@ struct Register<double> {
   typedef int64_t Mask __attribute__((vector_size(kVectorBytes)));
 };
 
+#if FUSED_BCE_VECTOR_BYTES == 64
+FUSED_BCE_INLINE __m512 minimum(__m512 a, __m512 b) { return _mm512_maskz_min_ps(0xffff, a, b); }
+FUSED_BCE_INLINE __m512d minimum(__m512d a, __m512d b) { return _mm512_maskz_min_pd(0xff, a, b); }
+#elif FUSED_BCE_VECTOR_BYTES == 32
+FUSED_BCE_INLINE __m256 minimum(__m256 a, __m256 b) { return _mm256_min_ps(a, b); }
+FUSED_BCE_INLINE __m256d minimum(__m256d a, __m256d b) { return _mm256_min_pd(a, b); }
+#elif defined(__x86_64__)
+FUSED_BCE_INLINE __m128 minimum(__m128 a, __m128 b) { return _mm_min_ps(a, b); }
+FUSED_BCE_INLINE __m128d minimum(__m128d a, __m128d b) { return _mm_min_pd(a, b); }
+#endif
+
 template <class T>
 struct Vec {
   using Scalar = T;
@@ -57,6 +68,10 @@ struct Vec {
   friend FUSED_BCE_INLINE Vec abs(Vec a) {
     return (Native)((Mask)a.v & std::numeric_limits<Int>::max());
   }
+#if defined(__x86_64__)
+  // One instruction, which gives its second operand where one of them is nan.
+  friend FUSED_BCE_INLINE Vec at_most(Vec a, Vec bound) { return minimum(bound.v, a.v); }
+#endif
   friend FUSED_BCE_INLINE Mask sign_bit(Vec a) { return (Mask)a.v < 0; }
   // y, with its sign changed where x is negative
   friend FUSED_BCE_INLINE Vec flip_sign(Vec y, Vec x) {

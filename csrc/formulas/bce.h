@@ -32,10 +32,10 @@ struct BinaryCrossEntropy {
     const Real v = kHasPosWeight ? pos_weight * t : t;
     const Real q = select(sign_bit(x), v, u);
     // The limit for an infinite logit on the side of its target is 0, not inf * 0.
-    const Real linear = select(q == zero, zero, a * q);
+    const Real distance = select(q == zero, zero, a);
 
     // Without pos_weight u + v is 1; not computing it saves a rounding as well.
-    const Real loss = kHasPosWeight ? fma(u + v, sp, linear) : linear + sp;
+    const Real loss = fma(distance, q, kHasPosWeight ? (u + v) * sp : sp);
     const Real slope = kHasPosWeight ? q - (u + v) * c : q - c;
     return {loss, flip_sign(slope, x)};
   }

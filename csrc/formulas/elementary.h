@@ -95,12 +95,18 @@ struct Precision<double> {
   }
 };
 
+// The smaller one; nan if a is.
+template <class Real>
+FUSED_BCE_INLINE Real at_most(Real a, Real bound) {
+  return select(a > bound, bound, a);
+}
+
 // exp(-a) for a >= 0: a = n ln 2 + r, exp(-a) = 2^-n exp(-r). NaN stays NaN: it fails the
 // comparison, and its polynomial is NaN whatever the scale.
 template <class Real>
 FUSED_BCE_INLINE Real exp_minus(Real a) {
   using P = Precision<typename Real::Scalar>;
-  const Real bounded = select(a > Real(P::kLargestExponent), Real(P::kLargestExponent), a);
+  const Real bounded = at_most(a, Real(P::kLargestExponent));
   const Real shifted = fma(bounded, Real(P::kLog2e), Real(P::kRoundShift));
   const Real n = shifted - Real(P::kRoundShift);
   const Real r = fma(n, Real(-P::kLn2Low), fma(n, Real(-P::kLn2High), bounded));

@@ -66,7 +66,7 @@ struct SigmoidFocal {
     const Real u = one - t;
     const Real q = select(sign_bit(x), t, u);
     const Real l = select(sign_bit(x), u, t);
-    const Real ce = select(q == zero, zero, a * q) + sp;
+    const Real ce = fma(select(q == zero, zero, a), q, sp);  // as in bce.h
     // Its limit is 0 where ce is infinite.
     const Real c_ce = select(c == zero, zero, c * ce);
 
@@ -78,8 +78,8 @@ struct SigmoidFocal {
     } else {
       const Real g = number<Real>(gamma) * t + number<Real>(gamma_neg) * u;
       const Real g_rest = rest<Real>(gamma) * t + rest<Real>(gamma_neg) * u;
-      const Real r = fma(l, e, q);                     // m = r / (1 + e)
-      const Real bounded = select(a > most, most, a);  // 0 times infinity
+      const Real r = fma(l, e, q);            // m = r / (1 + e)
+      const Real bounded = at_most(a, most);  // 0 times infinity
       const Real power = power_of(g, g_rest, select(q == zero, bounded, minus_log(r)), sp);
       const Real turned = select(q == zero, (c - one) * sp, (q - l) * c_ce / r);
       return {power * ce, flip_sign(power * fma(g, turned, q - c), x)};

@@ -99,6 +99,16 @@ def test_every_tail(target_dtype, device):
             check_as_floats(logits_of(n, device), hard(n, device, target_dtype))
 
 
+@pytest.mark.parametrize("large", [2**31 - 1, 2**31, -(2**31), -(2**31) - 1, 2**52 + 1])
+def test_int64_targets_beyond_int32(large, device):
+    # One among many that are read by their low halves, and many of them.
+    logits = logits_of(1000, device)
+    for places in (slice(700, 701), slice(None, None, 3)):
+        target = hard(1000, device, torch.int64)
+        target[places] = large
+        check_as_floats(logits, target, reduction="none")
+
+
 LAYOUTS = {
     "transposed": lambda t: t.t().contiguous().t(),
     "sliced": lambda t: t.repeat_interleave(2, dim=1)[:, ::2],
