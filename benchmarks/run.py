@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+import fused_bce
 from cases.base import DTYPES, MODES, REDUCTIONS, WEIGHTS, Case
 from cases.ladder import Alone
 from cases.preset import Preset, Selection
@@ -53,6 +54,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--weights", nargs="+", choices=WEIGHTS, help="per column, per row, or both; default: none")
     add("--non-leaf", action="store_true", help="backward goes on through a view, to the leaf")
     add("--graph", action="store_true", help="time CUDA graphs too, up to N = 2^16")
+    sets = fused_bce.build_info()["cpu_instruction_sets"]
+    add("--instruction-set", choices=sets, help="of this CPU, for fused; default: the best")
     add("--repeats", type=int, default=7, help="rounds at least, for each case (7)")
     add("--seconds", type=float, default=2, help="more rounds while these last (2)")
     add("--no-compile", action="store_true", help="leave torch.compile out")
@@ -147,6 +150,8 @@ def warn_of_load(measured: Measured, console: Console) -> None:
 
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.instruction_set:
+        fused_bce._C.use_instruction_set(arguments.instruction_set)
     preset = Alone() if arguments.alone else PRESETS[arguments.preset]
     asked = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Selection)}
     selection = Selection(**asked)
