@@ -1,6 +1,7 @@
 """The fused losses for code that nobody edits."""
 
 import importlib
+import threading
 from typing import cast
 
 import torch
@@ -20,6 +21,8 @@ _OF_FOCAL = (
 )
 # By module and name, what stood in the place of ours; empty while nothing is patched.
 _originals: dict = {}
+# Two threads that patch at the same time would else take ours for what stood there before.
+_lock = threading.Lock()
 
 
 class patch:
@@ -88,20 +91,22 @@ def _replace(focal: bool) -> list:
         modules = [importlib.import_module(name) for name in _OF_FOCAL]
         places += [(module, functional.sigmoid_focal_loss) for module in modules]
     replaced = []
-    for module, ours in places:
-        place = module, ours.__name__
-        if place not in _originals:
-            _originals[place] = getattr(*place)
-            setattr(module, ours.__name__, ours)
-            replaced.append(place)
+    with _lock:
+        for module, ours in places:
+            place = module, ours.__name__
+            if place not in _originals:
+                _originals[place] = getattr(*place)
+                setattr(module, ours.__name__, ours)
+                replaced.append(place)
     return replaced
 
 
 def _put_back(places: list) -> None:
-    for place in places:
-        if place in _originals:
-            module, name = place
-            setattr(module, name, _originals.pop(place))
+    with _lock:
+        for place in places:
+            if place in _originals:
+                module, name = place
+                setattr(module, name, _originals.pop(place))
 
 
 def convert(model: torch.nn.Module, *, recompute: bool = False) -> torch.nn.Module:

@@ -5,7 +5,9 @@ import io
 import pickle
 import subprocess
 import sys
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from helpers import is_fused, torch_bce
 
 import fused_bce
+from fused_bce import patching
 
 TorchLoss = torch.nn.BCEWithLogitsLoss
 
@@ -95,6 +98,29 @@ def test_context_may_be_entered_again():
         with context:
             assert is_patched()
         assert not is_patched()
+
+
+class SlowDict(dict):
+    """Its answer is old when it comes."""
+
+    def __contains__(self, key):
+        found = super().__contains__(key)
+        time.sleep(0.005)
+        return found
+
+
+def test_threads_that_patch_at_the_same_time(monkeypatch):
+    monkeypatch.setattr(patching, "_originals", SlowDict())
+
+    def work():
+        for _ in range(5):
+            with fused_bce.patch():
+                pass
+
+    with ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(work) for _ in range(8)]
+        assert all(future.result() is None for future in futures)
+    assert not is_patched()
 
 
 def test_exception_restores():
