@@ -55,7 +55,9 @@ std::vector<std::string> instruction_set_names() {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+// Nothing here relies on the interpreter's lock: what is shared is atomic, behind a mutex or never
+// written again. A free-threaded Python would turn the lock on for a module that does not say so.
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   check_torch_version();
   fused_bce::register_ops();
   m.def("build_info", &build_info);

@@ -279,6 +279,11 @@ def _what_is(tensor: Tensor, name: str) -> str:
     return f"{name} is not an ordinary tensor on a device with a fused kernel: {_keys(tensor)}"
 
 
-@functools.cache
-def log_once(reason: str) -> None:
-    logger.info("not fused: %s", reason)
+# By reason, who logs it.
+_logged: dict = {}
+
+
+def log_once(reason: str | None) -> None:
+    # Of threads that come at the same time, the one whose object is in the dictionary.
+    if reason not in _logged and _logged.setdefault(reason, own := object()) is own:
+        logger.info("not fused: %s", reason)

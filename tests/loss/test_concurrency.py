@@ -7,7 +7,9 @@ import os
 import queue
 import resource
 import signal
+import subprocess
 import sys
+import sysconfig
 import threading
 import traceback
 import weakref
@@ -31,7 +33,7 @@ from helpers import (
 from torch.utils.cpp_extension import load_inline
 from torch.utils.data import DataLoader, Dataset
 
-from fused_bce import BCEWithLogitsLoss
+from fused_bce import BCEWithLogitsLoss, SparseTarget, functional
 
 THREADS = 8
 TIMEOUT = 60  # seconds; what hangs fails
@@ -79,6 +81,62 @@ def test_forward_and_backward(shared, numel, dtype, reduction, device):
             got = evaluate(fused, *pairs[index], reduction=reduction)
             assert torch.equal(got.loss, expected[index].loss)
             assert torch.equal(got.grad_logits, expected[index].grad_logits)
+
+    in_threads(work, *((thread,) for thread in range(THREADS)))
+
+
+LEAVE_THE_LOCK_OFF = """
+import sys, torch
+assert not sys._is_gil_enabled(), "torch turns it on"
+import fused_bce
+assert not sys._is_gil_enabled()
+"""
+
+
+@pytest.mark.skipif(
+    not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python is not free-threaded"
+)
+def test_import_leaves_the_interpreters_lock_off():
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHON_GIL"}
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", LEAVE_THE_LOCK_OFF], env=environment, check=True
+    )
+
+
+def losses_of_all_kinds(logits, target):
+    """In Python each goes another way; the last one ends at torch's function."""
+    pos_weight = torch.linspace(0.5, 2, 9)
+    linear_weight = torch.linspace(-1, 1, 81).view(9, 9)
+    labels = SparseTarget.from_lists([[row] for row in range(7)], num_labels=9)
+    module = BCEWithLogitsLoss(pos_weight=pos_weight, label_smoothing=0.1)
+    yield fused(logits, target, reduction="none").sum()
+    yield fused(logits, target > 0.5, ignore_index=1)
+    yield fused(logits, target, label_smoothing=0.1, reduction="batchmean", validate_targets=True)
+    yield fused(logits, labels)
+    yield module(logits, target)
+    yield functional.sigmoid_focal_loss(logits, target, reduction="mean")
+    yield functional.linear_binary_cross_entropy_with_logits(logits, linear_weight, labels)
+    yield functional.pairwise_sigmoid_loss(logits, target)
+    yield fused(torch._neg_view(logits), target)
+
+
+def test_losses_of_all_kinds():
+    """Small ones: what they do in Python is most of their time, and without the interpreter's lock
+    it runs side by side."""
+    pairs = [draw((7, 9), "cpu") for _ in range(THREADS)]
+
+    def grads(pair):
+        logits, target = pair[0].clone().requires_grad_(), pair[1]
+        return [
+            torch.autograd.grad(loss, logits)[0] for loss in losses_of_all_kinds(logits, target)
+        ]
+
+    expected = [grads(pair) for pair in pairs]
+
+    def work(thread):
+        for _ in range(100):
+            got = grads(pairs[thread])
+            assert all(torch.equal(*both) for both in zip(got, expected[thread], strict=True))
 
     in_threads(work, *((thread,) for thread in range(THREADS)))
 

@@ -9,6 +9,8 @@ import math
 import pickle
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -676,7 +678,7 @@ def test_why_not_fused_forgives_weights_where_no_gradient_is_taken(device):
 
 
 def test_reason_is_logged_once(caplog, device):
-    dispatch.log_once.cache_clear()
+    dispatch._logged.clear()
     logits, target = batch(device)
     negated = torch._neg_view(logits)
     with caplog.at_level(logging.INFO, logger="fused_bce"):
@@ -693,11 +695,27 @@ def test_reason_is_logged_once(caplog, device):
     assert messages[0] == f"not fused: {why_not_fused(negated, target)}"
     assert messages[1] == "not fused: inside forward-mode differentiation"
     assert {record.name for record in caplog.records} == {"fused_bce"}
-    dispatch.log_once.cache_clear()
+    dispatch._logged.clear()
+
+
+def test_reason_is_logged_once_by_all_threads(caplog):
+    dispatch._logged.clear()
+    negated = torch._neg_view(zeros("cpu"))
+    together = threading.Barrier(8, timeout=60)
+
+    def work():
+        together.wait()
+        fused(negated, zeros("cpu"))
+
+    with caplog.at_level(logging.INFO, logger="fused_bce"), ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(work) for _ in range(8)]
+        assert all(future.result() is None for future in futures)
+    assert len(caplog.records) == 1
+    dispatch._logged.clear()
 
 
 def test_nothing_is_logged_by_default(caplog, device):
-    dispatch.log_once.cache_clear()
+    dispatch._logged.clear()
     loss = fused(torch._neg_view(zeros(device)), zeros(device))
     assert caplog.records == []
     torch.testing.assert_close(loss, torch_bce(zeros(device), zeros(device)))
