@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from fused_bce import BCEWithLogitsFunction, BCEWithLogitsLoss
 
 # torch scripts its forward-mode formulas itself when they are first used, and warns of that.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*` is (deprecated|not supported)")
 
 DOUBLE = torch.float64
 REDUCTION_ENUM = {"none": 0, "mean": 1, "sum": 2}

@@ -132,7 +132,9 @@ def test_same_bits_of_numbers_that_are_none(reduction, device):
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @by_reduction
 @by_dtype
-@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")  # the compiler's own
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.*` is (deprecated|not supported)"
+)  # the compiler's own
 def test_same_bits_when_compiled(dtype, reduction, backend, device):
     torch.compiler.reset()
     logits, target, options = draw(dtype, device, ("pos_weight", "ignore_index"))

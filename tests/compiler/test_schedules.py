@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 import fused_bce
 
 # The compiler's own, on its way through torch
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*` is (deprecated|not supported)")
 
 SCHEDULE = [0.9 - 0.05 * k for k in range(12)]
 

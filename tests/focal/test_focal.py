@@ -27,7 +27,7 @@ from fused_bce import _C, SigmoidFocalLoss
 from fused_bce.functional import sigmoid_focal_loss
 
 # The compiler's own, on its way through torch
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*` is (deprecated|not supported)")
 
 INTEGERS = (torch.bool, torch.uint8, torch.int64)
 OPTIONS = {

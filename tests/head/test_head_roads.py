@@ -125,7 +125,7 @@ def test_create_graph(dtype, device):
     assert all(g.isfinite().all() and g.abs().max() > 0 for g in second)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is (deprecated|not supported)")
 def test_transforms_go_to_torch(device):
     operands = draw_operands(device, torch.float64)
     target = as_rows(draw_target()).to(device)
@@ -165,7 +165,7 @@ def test_transforms_of_every_shape(shape, reduction, device):
     torch.testing.assert_close(by_torch, value)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is (deprecated|not supported)")
 @pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean")
 def test_tracers(device):
     operands = draw_operands(device, torch.float64)

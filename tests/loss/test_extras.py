@@ -37,7 +37,7 @@ import fused_bce
 from fused_bce import BCEWithLogitsLoss
 
 # torch's own, of forward-mode differentiation too.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*` is (deprecated|not supported)")
 
 NAN, INF = math.nan, math.inf
 DOUBLE = torch.float64

@@ -285,7 +285,7 @@ def test_training(device):
     assert losses[0] < 0.5 * first
 
 
-jit_is_deprecated = pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
+jit_is_deprecated = pytest.mark.filterwarnings("ignore:`torch.jit.*` is (deprecated|not supported)")
 # torch's function compares the sizes, which a trace cannot follow.
 sizes_are_traced = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 

@@ -184,7 +184,7 @@ def test_instances_are_copied_and_pickled(make, device):
     assert type(torch.load(file, weights_only=False)) is make
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is (deprecated|not supported)")
 def test_scripted_while_patched(device):
     data = batch(device)
     with fused_bce.patch():

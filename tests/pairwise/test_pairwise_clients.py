@@ -12,7 +12,7 @@ from fused_bce.functional import pairwise_sigmoid_loss
 
 # The libraries' own, of torch
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*is (deprecated|not supported)"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
