@@ -169,6 +169,8 @@ def check_backward_again():
     (differentiable,) = torch.autograd.grad(loss, leaf, create_graph=True)
     for got in (first, differentiable):
         assert_double_close(got.full_tensor(), want)
+    if torch.__version__ < "2.12":
+        return  # there DTensor.to_local has no second derivative
     for gradient in (differentiable, want):
         gradient.square().sum().backward()
     assert_double_close(leaf.grad.full_tensor(), exact_leaf.grad)
