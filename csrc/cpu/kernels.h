@@ -31,6 +31,18 @@ double sum_of_lanes(const Vec<T>& x) {
   return sum;
 }
 
+// Two vectors at once, of operands whose types are halves.
+template <Pass kPass, class Formula, class S>
+FUSED_BCE_INLINE void step_of_halves(const Formula& formula, const S* logits, const S* target,
+                                     FloatVec grad_scale, S* grad_logits, FloatVec& sum) {
+  const FloatVec one(1);
+  const Halves x = widen_halves(logits), y = widen_halves(target);
+  const auto even = formula.template evaluate<false>(x.even, y.even, one);
+  const auto odd = formula.template evaluate<false>(x.odd, y.odd, one);
+  if (has_sum(kPass)) sum = sum + even.loss + odd.loss;
+  if (has_grad(kPass)) narrow_halves({even.grad * grad_scale, odd.grad * grad_scale}, grad_logits);
+}
+
 template <Pass kPass, bool kHasWeight, bool kHasPosWeight, bool kHasExtras, class Formula, class T,
           class L, class S>
 double run_tile(const Formula& formula, const Tile<T, L, S>& tile) {
@@ -60,15 +72,6 @@ double run_tile(const Formula& formula, const Tile<T, L, S>& tile) {
     if (has_losses(kPass)) r.loss.store(t.losses + i);
     if (has_grad(kPass)) narrow(r.grad * grad_scale, t.grad_logits + i);
   };
-  const auto step_of_two = [&](const auto* logits, const auto* target, auto* grad_logits,
-                               V& sum) __attribute__((always_inline)) {
-    const Halves x = widen_halves(logits), y = widen_halves(target);
-    const auto even = f.template evaluate<false>(x.even, y.even, V(1));
-    const auto odd = f.template evaluate<false>(x.odd, y.odd, V(1));
-    if (has_sum(kPass)) sum = sum + even.loss + odd.loss;
-    if (has_grad(kPass))
-      narrow_halves({even.grad * grad_scale, odd.grad * grad_scale}, grad_logits);
-  };
   constexpr bool kInOrder = kHasWeight || kHasPosWeight || has_losses(kPass);
 
   // Short runs in T keep the rounding errors down.
@@ -79,7 +82,7 @@ double run_tile(const Formula& formula, const Tile<T, L, S>& tile) {
     V run(0);
     if constexpr (kAreHalves<L, S> && !kInOrder)
       for (; i + 2 * V::kLanes <= end; i += 2 * V::kLanes)
-        step_of_two(t.logits + i, t.target + i, t.grad_logits + i, run);
+        step_of_halves<kPass>(f, t.logits + i, t.target + i, grad_scale, t.grad_logits + i, run);
     for (; i < end; i += V::kLanes) step(i, run);
     sum = sum + run;
   }
