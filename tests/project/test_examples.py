@@ -89,6 +89,7 @@ def assert_is_drawing(path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_needs_extras")
+@pytest.mark.large
 def test_train_digits_notices_a_wrong_loss(tmp_path):
     program = EXAMPLES / "train_digits.py"
     done = run("-c", WRONG_LOSS, program, "--output", tmp_path, "--epochs", 1)
@@ -121,6 +122,7 @@ def test_train_extreme_labels_agrees_with_torch(tmp_path):
 
 @pytest.mark.usefixtures("_needs_extras")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads its memory in /proc")
+@pytest.mark.large
 def test_train_extreme_labels_notices_a_wrong_loss(tmp_path):
     program = EXAMPLES / "train_extreme_labels.py"
     small = ("--quick", "--labels", 500, "--steps", 2)
@@ -190,6 +192,7 @@ def test_train_siglip_agrees_with_the_plain_formula(tmp_path):
 
 
 @pytest.mark.usefixtures("_needs_extras")
+@pytest.mark.large
 def test_train_siglip_notices_a_wrong_loss(tmp_path):
     wrong = """
 import runpy, sys
