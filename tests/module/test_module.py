@@ -738,6 +738,7 @@ def test_import_is_light():
 def test_build_info(device):
     info = fused_bce.build_info()
     assert info["version"] == fused_bce.__version__
-    assert torch.__version__.startswith(info["torch"].split("+")[0])
+    minor = info["torch"].split(".")[:2]  # a build runs with every patch release
+    assert torch.__version__.split(".")[:2] == minor
     assert info["cpu_instruction_set"] in info["cpu_instruction_sets"]
     assert (info["cuda_archs"] is not None) or device == "cpu"
