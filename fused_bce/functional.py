@@ -105,7 +105,8 @@ def binary_cross_entropy_with_logits(
         >>> loss, input.grad
         (tensor(0.3048, grad_fn=<...>), tensor([-0.1258,  0.0896, -0.0397]))
     """
-    if not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
         loss = _C.eager_loss(
             input,
             target,
@@ -147,7 +148,6 @@ def binary_cross_entropy_with_logits(
         ignore_index = check_ignore_index(ignore_index, target)
     if validate_targets:
         check_targets(target, ignore_index)
-    compiling = torch.compiler.is_compiling()
     smooths = may_differ_from_zero(label_smoothing) if compiling else label_smoothing != 0
     if smooths:
         check_label_smoothing(label_smoothing)
