@@ -537,6 +537,14 @@ def arguments_like(usual):
     legacy=st.tuples(*[st.sampled_from((None, None, None, True, False, "no"))] * 2),
 )
 @example("torch.bfloat16[3, 4]", "sparse", "None", "None", "none", (None, None))
+@example(
+    "torch.bfloat16[3, 4]",
+    "torch.float32[3, 4]",
+    "None",
+    "torch.float32[0, 4]",
+    "none",
+    (None, None),
+)
 def test_any_arguments(device, logits, target, weight, pos_weight, reduction, legacy):
     """The same error, or none, and the same warnings; mostly several things are wrong at once."""
 
@@ -547,9 +555,13 @@ def test_any_arguments(device, logits, target, weight, pos_weight, reduction, le
             function, input, label.to_dense() if dense else label, w, *legacy, reduction, p
         )
 
-    operands = [EVERY_ARGUMENT[name](device) for name in (logits, target, weight, pos_weight)]
-    if eager_loss(*operands, reduction=reduction) is not None:
-        assert why_not_fused(*operands) is None
+    named = {"input": logits, "target": target, "weight": weight, "pos_weight": pos_weight}
+    operands = {argument: EVERY_ARGUMENT[name](device) for argument, name in named.items()}
+    quick = outcome(eager_loss, **operands, reduction=reduction)
+    if quick.error:
+        assert quick.error == outcome(torch_bce, **operands, reduction=reduction).error
+    elif quick.value is not None:
+        assert why_not_fused(**operands) is None
     # More than torch takes: a sparse target counts as the dense one that it stands for.
     ours, theirs = call(fused), call(torch_bce, dense=target == "sparse")
     assert (ours.error and ours.error[0]) == (theirs.error and theirs.error[0])
