@@ -9,6 +9,7 @@ See benchmarks/README.md.
 import argparse
 import dataclasses
 import itertools
+import os
 import sys
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--non-leaf", action="store_true", help="backward goes on through a view, to the leaf")
     add("--graph", action="store_true", help="time CUDA graphs too, up to N = 2^16")
     sets = fused_bce.build_info()["cpu_instruction_sets"]
-    add("--instruction-set", choices=sets, help="of this CPU, for fused; default: the best")
+    add("--instruction-set", choices=sets, help="of this CPU, for all; default: the best")
     add("--repeats", type=int, default=7, help="rounds at least, for each case (7)")
     add("--seconds", type=float, default=2, help="more rounds while these last (2)")
     add("--no-compile", action="store_true", help="leave torch.compile out")
@@ -148,10 +149,16 @@ def warn_of_load(measured: Measured, console: Console) -> None:
         )
 
 
+def use_instruction_set(name: str) -> None:
+    """For torch, too, which looks when it first computes, and for what torch.compile writes."""
+    fused_bce._C.use_instruction_set(name)
+    os.environ["ATEN_CPU_CAPABILITY"] = name if name.startswith("avx") else "default"
+
+
 def main() -> None:
     arguments = parse_arguments()
     if arguments.instruction_set:
-        fused_bce._C.use_instruction_set(arguments.instruction_set)
+        use_instruction_set(arguments.instruction_set)
     preset = Alone() if arguments.alone else PRESETS[arguments.preset]
     asked = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Selection)}
     selection = Selection(**asked)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import os
 import subprocess
 import sys
 
@@ -72,7 +73,8 @@ def test_non_leaf(tmp_path):
     assert modes == {"fwd", "fwd+bwd non-leaf"}
 
 
-def test_instruction_set(tmp_path):
+def test_instruction_set(tmp_path, monkeypatch):
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
     name = fused_bce.build_info()["cpu_instruction_sets"][-1]
     before = fused_bce._C.current_instruction_set()
     try:
@@ -80,6 +82,8 @@ def test_instruction_set(tmp_path):
     finally:  # the script has run in this process
         fused_bce._C.use_instruction_set(before)
     assert {row.instruction_set for row in rows} == {name}
+    # What torch has of it, in a process where it has not computed yet
+    assert os.environ["ATEN_CPU_CAPABILITY"] == {"sse2": "default"}.get(name, name)
 
 
 def test_alone(tmp_path):
