@@ -12,8 +12,9 @@ demo: $(built)  ## train on real data with torch's loss and with ours, then the 
 	$(python) examples/train_digits.py --output demo-output
 	$(python) examples/tutorial.py
 
-test: $(built)  ## all tests but those marked large
-	$(python) -m pytest
+# Two at a time, for most have one thread; those that wait leave their core to the others.
+test: $(built)  ## all tests but those marked large, or what TESTS says
+	OMP_WAIT_POLICY=passive $(python) -m pytest -n 2 --dist worksteal $(TESTS)
 
 wheel: $(VENV)/.torch  ## a wheel for TORCH, in dist/
 	PYTHON=$(python) bash .ci/build-wheel dist
