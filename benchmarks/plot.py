@@ -15,7 +15,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from harness.rows import AccuracyRow, Facts, Row, read_rows
+from harness.rows import AccuracyRow, CounterRow, Facts, Row, read_rows
 from plots.accuracy import plot_accuracy
 from plots.bars import plot_bars
 from plots.cost import plot_cost
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def plot_file(csv: Path) -> None:
-    rows = read_rows(csv, kinds=(Row, AccuracyRow))
+    rows = read_rows(csv, kinds=(Row, AccuracyRow, CounterRow))
     if len({(row.device, row.device_name) for row in rows}) > len({row.device for row in rows}):
         raise SystemExit(f"{csv} mixes the results of several machines")
     for name, figure in figures(rows):
@@ -49,6 +49,8 @@ def plot_file(csv: Path) -> None:
 
 def figures(rows: list[Facts]) -> Iterator[tuple[str, Figure]]:
     """With the end of their names; "" where the file has one figure."""
+    if isinstance(rows[0], CounterRow):
+        return  # the table that counters.py prints is all there is to see
     if isinstance(rows[0], AccuracyRow):
         yield "", plot_accuracy(rows)
         return

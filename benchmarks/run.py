@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--reduction", nargs="+", choices=REDUCTIONS, help="default: mean")
     add("--weights", nargs="+", choices=WEIGHTS, help="per column, per row, or both; default: none")
     add("--non-leaf", action="store_true", help="backward goes on through a view, to the leaf")
-    add("--graph", action="store_true", help="time CUDA graphs too, up to N = 2^16")
+    add("--graph", action="store_true", help="CUDA graphs too: N to 2^16, training")
     sets = fused_bce.build_info()["cpu_instruction_sets"]
     add("--instruction-set", choices=sets, help="of this CPU, for all; default: the best")
     add("--repeats", type=int, default=7, help="rounds at least, for each case (7)")

@@ -10,7 +10,12 @@ from cases.base import Case
 from cases.goal import PEAK, Goal
 from cases.preset import Preset, Selection
 from contenders.head import gemms_contender
-from contenders.pairwise import CHUNK_ROWS, PairwiseInputs, make_pairwise_losses
+from contenders.pairwise import (
+    CHUNK_ROWS,
+    PairwiseInputs,
+    make_pairwise_losses,
+    why_not_siglip_kernel,
+)
 from contenders.steps import Contender, leaves_contender
 
 
@@ -24,6 +29,8 @@ BATCH = "batch"
 WORKLOADS = {BATCH: Spec(512, tuple(2**power for power in range(10, 15)))}
 # Batches from which the products are long, and the logits large, beside all that is N x F
 LONG_PRODUCTS, LARGE_LOGITS = 4096, 16384
+# Of the features, as they are trained
+DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 # As SigLIP's training starts
 SCALE, BIAS = 10.0, -10.0
 
@@ -78,19 +85,21 @@ class Pairwise(Preset):
         contenders = {name: leaves_contender(loss, inputs) for name, loss in losses.items()}
         return {"gemms": gemms_contender(image, text)} | contenders
 
-    def notes(self, _cases: Sequence[Case]) -> list[str]:
+    def notes(self, cases: Sequence[Case]) -> list[str]:
+        reason = why_not_siglip_kernel(cases[0].device)
         return [
             "N counts the logits, all pairs. The limit is not the stream but gemms, the three "
             "products of the two inputs and of the gradient of the logits.",
             f"chunked: {CHUNK_ROWS:,} rows of logits at a time, as open_clip with chunk_size.",
             "peak: without the gradients of the inputs, which all contenders leave behind.",
+            *([f"Not measured: siglip_kernel: {reason}."] if reason else []),
         ]
 
 
 def make_cases(name: str, device: str) -> list[PairwiseCase]:
+    of_all = {"mode": "pairwise fwd+bwd", "dtype": DTYPE[device], "reduction": "batchmean"}
     return [
-        PairwiseCase(batch**2, device, "pairwise fwd+bwd", reduction="batchmean", workload=name)
-        for batch in WORKLOADS[name].batches
+        PairwiseCase(batch**2, device, **of_all, workload=name) for batch in WORKLOADS[name].batches
     ]
 
 

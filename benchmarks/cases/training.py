@@ -2,7 +2,8 @@
 
 The logits come from a Linear layer: they are no leaf, and their gradient goes on into the weights.
 With accumulation the batch comes in parts, and the loss of each is divided by their number, so that
-the gradient that reaches the loss is not 1.
+the gradient that reaches the loss is not 1. Under autocast the logits are of a half type; those of
+float16 with a loss scale.
 """
 
 from collections.abc import Callable
@@ -10,12 +11,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 import fused_bce
 from cases.base import Case
 from cases.preset import Preset, Selection
 from contenders.losses import WithLoss, compiled
-from contenders.steps import Contender, gradients_contender
+from contenders.steps import Contender, GraphStep, gradients_contender
 
 # The categories of AmazonCat-13K, as in workloads.py
 LABELS = 13330
@@ -29,15 +31,20 @@ class Spec:
 
     features: int
     parts: int = 1  # backward passes in one step of the optimizer
+    dtype: str = "float32"  # of the logits
 
 
 WORKLOADS = {
     "64 features": Spec(64),
     "512 features": Spec(512),
     "512 features, 4 parts": Spec(512, parts=4),
+    "512 features, bfloat16": Spec(512, dtype="bfloat16"),
+    "512 features, float16": Spec(512, dtype="float16"),
 }
 
-Backward = Callable[[Tensor, Tensor, int], None]
+Batches = list[tuple[Tensor, Tensor]]
+# Of one part of the batch
+Backward = Callable[[Tensor, Tensor, GradScaler], None]
 
 
 @dataclass(frozen=True)
@@ -79,23 +86,34 @@ class Training(Preset):
 
         def make(loss: nn.Module, wrap: Callable = lambda model: model) -> Contender:
             model = WithLoss(make_network(spec), loss).to(case.device)
-            return training_contender(model, through_loss(wrap(model)), batches)
+            return training_contender(case, model, through_loss(case, wrap(model)), batches)
 
         fused, eager = fused_bce.BCEWithLogitsLoss(), nn.BCEWithLogitsLoss()
         contenders = {"fused": make(fused), "eager": make(eager)}
         if with_compile:
             contenders["compile"] = make(eager, compiled)
             contenders["fused compile"] = make(fused, compiled)
+        # A loss scale is read by the host, once a step.
+        if with_graph and spec.dtype != "float16":
+            for name, loss in (("fused", fused), ("eager", eager)):
+                contenders[f"{name} graph"] = Contender(GraphStep(make(loss).step))
         network = make_network(spec).to(case.device)
         grad_logits = torch.randn_like(batches[0][1]) / case.numel
         contenders["no loss"] = training_contender(
-            network, past_loss(network, grad_logits), batches
+            case, network, past_loss(case, network, grad_logits), batches
         )
         return contenders
 
 
 def make_case(name: str, device: str) -> TrainingCase:
-    return TrainingCase(BATCH[device] * LABELS, device, mode="step", workload=name)
+    return TrainingCase(
+        BATCH[device] * LABELS,
+        device,
+        mode="step",
+        dtype=WORKLOADS[name].dtype,
+        target_dtype="float32",
+        workload=name,
+    )
 
 
 def make_network(spec: Spec) -> nn.Module:
@@ -103,27 +121,47 @@ def make_network(spec: Spec) -> nn.Module:
     return nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.Linear(features, LABELS))
 
 
-def through_loss(model: Callable[[Tensor, Tensor], Tensor]) -> Backward:
-    def backward(features, target, parts):
-        loss = model(features, target)
-        (loss / parts if parts > 1 else loss).backward()
+def autocast(case: TrainingCase) -> torch.autocast:
+    half = case.dtype != "float32"
+    dtype = getattr(torch, case.dtype) if half else None
+    return torch.autocast(case.device, dtype=dtype, enabled=half)
+
+
+def through_loss(case: TrainingCase, model: Callable[[Tensor, Tensor], Tensor]) -> Backward:
+    parts = case.spec.parts
+
+    def backward(features, target, scaler):
+        with autocast(case):
+            loss = model(features, target)
+        scaler.scale(loss / parts if parts > 1 else loss).backward()
 
     return backward
 
 
-def past_loss(network: nn.Module, grad_logits: Tensor) -> Backward:
-    return lambda features, target, parts: network(features).backward(grad_logits)
+def past_loss(case: TrainingCase, network: nn.Module, grad_logits: Tensor) -> Backward:
+    grad_logits = grad_logits.to(getattr(torch, case.dtype))
+
+    def backward(features, _target, _scaler):
+        with autocast(case):
+            logits = network(features)
+        logits.backward(grad_logits)
+
+    return backward
 
 
 def training_contender(
-    model: nn.Module, backward: Backward, batches: list[tuple[Tensor, Tensor]]
+    case: TrainingCase, model: nn.Module, backward: Backward, batches: Batches
 ) -> Contender:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scaler = GradScaler(case.device, enabled=case.dtype == "float16")
+    # It makes its scale when it first scales something.
+    scaler.scale(torch.zeros((), device=case.device))
 
     def step():
         optimizer.zero_grad()
         for features, target in batches:
-            backward(features, target, len(batches))
-        optimizer.step()
+            backward(features, target, scaler)
+        scaler.step(optimizer)
+        scaler.update()
 
     return gradients_contender(step, optimizer.zero_grad)

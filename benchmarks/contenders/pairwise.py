@@ -1,12 +1,14 @@
 """The sigmoid loss of pairs: of whole logits, of rows of them, and without them."""
 
+import importlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid, normalize, softplus
 
 from contenders.losses import compiled, exit_unless_fused
+from contenders.peers import why_not_package
 from fused_bce import SparseTarget
 from fused_bce.functional import pairwise_sigmoid_loss
 
@@ -27,7 +29,27 @@ def make_pairwise_losses(inputs: PairwiseInputs, with_compile: bool) -> dict[str
     losses = {"eager": plain_loss, "chunked": chunked_loss}
     if with_compile:
         losses["compile"] = compiled(plain_loss)
+    if why_not_siglip_kernel(image.device.type) is None:
+        losses["siglip_kernel"] = siglip_kernel_loss()
     return losses | {"fused": pairwise_sigmoid_loss}
+
+
+def why_not_siglip_kernel(device: str) -> str | None:
+    """The package has Triton kernels for this loss, which do not keep the logits either."""
+
+    def check() -> None:
+        features = normalize(torch.randn(2, 256, 64, device=device), dim=-1)
+        inputs = [*features, *torch.tensor([10.0, -10.0], device=device)]
+        theirs = siglip_kernel_loss()(*(t.bfloat16() for t in inputs))
+        # Logits of -10, whose exp counts, are rounded to 8 bits.
+        torch.testing.assert_close(theirs.float(), plain_loss(*inputs), rtol=0.05, atol=0)
+
+    return why_not_package("siglip_kernel", device, check)
+
+
+def siglip_kernel_loss() -> PairwiseLoss:
+    loss = importlib.import_module("siglip_kernel").fused_siglip_loss
+    return lambda image, text, scale, bias: loss(image, text, scale.log(), bias)
 
 
 def plain_loss(

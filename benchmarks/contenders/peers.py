@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -36,16 +37,26 @@ def missing_peers(case: Case) -> dict[str, str]:
 def why_not_flag_gems(case: Case) -> str | None:
     """FlagGems has Triton kernels in the place of torch's operators; that of this loss is for the
     forward pass, its gradient stays torch's."""
-    if importlib.util.find_spec("flag_gems") is None:
-        return "not installed"
-    if case.device == "cpu":
-        return "its kernels need a GPU"
-    if case.mode != "fwd":
-        return "it has no backward pass of its own"
-    try:
+
+    def check() -> None:
+        if case.mode != "fwd":
+            return
         logits, target = torch.randn(2, 1000, device=case.device)
         theirs, torchs = flag_gems_loss()(logits, target), softplus_by_hand(logits, target)
         torch.testing.assert_close(theirs, torchs)
+
+    reason = why_not_package("flag_gems", case.device, check)
+    return reason or (None if case.mode == "fwd" else "it has no backward pass of its own")
+
+
+def why_not_package(name: str, device: str, check: Callable[[], None]) -> str | None:
+    """Why a package of kernels for the GPU is left out; the check calls it."""
+    if importlib.util.find_spec(name) is None:
+        return "not installed"
+    if device == "cpu":
+        return "its kernels need a GPU"
+    try:
+        check()
     # Whatever stops another package must not stop this run.
     except Exception as error:
         return f"it does not run here: {error}"

@@ -86,6 +86,27 @@ class AccuracyRow(Facts):
     command: str
 
 
+@dataclass(frozen=True)
+class CounterRow(Facts):
+    """What a GPU counted during one launch of a kernel: see counters.py."""
+
+    direction: str  # forward or backward
+    dtype: str
+    target_dtype: str
+    reduction: str
+    weights: str
+    numel: int
+    least_bytes: int  # that must be read and written
+    read_bytes: float
+    written_bytes: float
+    nanoseconds: float
+    percent_of_peak: float
+    percent_occupied: float
+    registers: float
+    warp_instructions: float
+    command: str
+
+
 def header(kind: type[Facts]) -> list[str]:
     return [field.name for field in fields(kind)]
 

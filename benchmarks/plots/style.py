@@ -18,6 +18,7 @@ STYLES = {
     "sigmoid + BCELoss": {"color": "tab:red", "marker": "x"},
     "softplus - x*t": {"color": "tab:purple", "marker": "+"},
     "flag_gems": {"color": "tab:brown", "marker": "d"},
+    "siglip_kernel": {"color": "tab:brown", "marker": "d"},
     "chunked": {"color": "tab:red", "marker": "x"},
     "head": {"color": "tab:purple", "marker": "D"},
     "gemms": {"color": "gray", "linestyle": "--", "label": "gemms (the limit)"},
