@@ -47,8 +47,8 @@ docs: $(built)  ## the pages and the API reference as a site, build/docs/index.h
 sanitize: $(built)  ## tests of the C++, also of the CUDA kernels compiled for the host, under sanitizers
 	PYTHON=$(python) bash .ci/sanitize
 
-gpu:  ## on a machine with a GPU, with the python3 at hand: build, test, sanitize, measure
-	bash .ci/gpu
+gpu:  ## on a machine with a GPU, with the python3 at hand: build, test, sanitize, measure; or the PARTS of .ci/gpu
+	bash .ci/gpu $(PARTS)
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
