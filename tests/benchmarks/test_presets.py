@@ -156,7 +156,8 @@ def test_preset(tmp_path, device, preset, with_compile):
     rows, output = run(tmp_path, device, "--preset", preset, with_compile=with_compile)
     cases = make_cases(rows)
     assert sum(map(len, cases.values())) == len(rows)
-    assert {name for name, _ in cases} == set(PRESETS[preset].workloads)
+    missing = {"512 features, float16"} if device == "cpu" else set()
+    assert {name for name, _ in cases} == set(PRESETS[preset].workloads) - missing
     for (name, _), of_case in cases.items():
         left_out = {"copy"} if device == "cpu" else set()
         left_out |= set() if with_compile else {"compile", "fused compile"}
