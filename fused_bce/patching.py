@@ -63,14 +63,15 @@ class patch:
     def __init__(self, *, focal: bool = False):
         self._focal = focal
         self._replaced = _replace(focal)
+        self._entered: list = []
 
     def __enter__(self):
-        self._replaced += _replace(self._focal)
+        self._entered.append(self._replaced + _replace(self._focal))
+        self._replaced = []
         return self
 
     def __exit__(self, *exception):
-        _put_back(self._replaced)
-        self._replaced = []
+        _put_back(self._entered.pop())
 
 
 def unpatch() -> None:
@@ -90,15 +91,17 @@ def _replace(focal: bool) -> list:
     if focal:
         modules = [importlib.import_module(name) for name in _OF_FOCAL]
         places += [(module, functional.sigmoid_focal_loss) for module in modules]
-    replaced = []
     with _lock:
+        # All of them are looked up before one is replaced, for one may not be there.
+        originals = {
+            place: getattr(*place)
+            for module, ours in places
+            if (place := (module, ours.__name__)) not in _originals
+        }
+        _originals.update(originals)
         for module, ours in places:
-            place = module, ours.__name__
-            if place not in _originals:
-                _originals[place] = getattr(*place)
-                setattr(module, ours.__name__, ours)
-                replaced.append(place)
-    return replaced
+            setattr(module, ours.__name__, ours)
+    return [*originals]
 
 
 def _put_back(places: list) -> None:

@@ -309,6 +309,24 @@ def test_focal(torchvision_names):
     assert of_focal(torchvision_names) == list(torchvision_names)
 
 
+def test_focal_of_another_torchvision(torchvision_names):
+    """Nothing is replaced where one name is missing, for nobody could put it back."""
+    del torchvision_names["torchvision.models.detection.fcos"].sigmoid_focal_loss
+    with pytest.raises(AttributeError, match="sigmoid_focal_loss"):
+        fused_bce.patch(focal=True)
+    assert not is_patched()
+    assert torchvision_names["torchvision.ops"].sigmoid_focal_loss == "torchvision.ops"
+
+
+def test_one_patch_entered_twice():
+    patched = fused_bce.patch()
+    with patched:
+        with patched:
+            assert is_patched()
+        assert is_patched()
+    assert not is_patched()
+
+
 def test_focal_without_torchvision(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.delitem(sys.modules, "torchvision.ops", raising=False)
