@@ -1,14 +1,22 @@
 #include "derivatives.h"
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/clamp_min.h>
+#include <ATen/ops/clamp_max.h>
+#include <ATen/ops/exp.h>
+#include <ATen/ops/isinf.h>
+#include <ATen/ops/log.h>
+#include <ATen/ops/log1p.h>
 #include <ATen/ops/log_sigmoid.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/pow.h>
+#include <ATen/ops/reciprocal.h>
 #include <ATen/ops/rsub.h>
 #include <ATen/ops/sigmoid.h>
+#include <ATen/ops/where.h>
 
 #include <limits>
+
+#include "formulas/elementary.h"
 
 namespace fused_bce {
 
@@ -48,38 +56,59 @@ Tensor smoothed_target_of(const Operands& o) {
   return t * at::rsub(*o.label_smoothing, 1) + *o.label_smoothing / 2;
 }
 
-// The terms of formulas/focal.h, with p = sigmoid(x) and n = sigmoid(-x), of which neither is a
-// difference.
+// The terms of formulas/focal.h, in the same notation, and so that all of their derivatives are
+// finite: for a hard target m is exp(-a) times `base`, whose powers have no pole.
 struct FocalTerms {
-  Tensor x, t, u, p, n, m, ce, w, g;
-  Tensor power;  // m^g
+  Tensor t, u, negative, a, q, l, e, s, hard, ce, g, w;
+  Tensor size, base;  // m = size base
+  Tensor power;       // m^g
 
-  explicit FocalTerms(const Operands& o)
-      : x(logits_of(o)),
-        t(smoothed_target_of(o)),
-        u(at::rsub(t, 1)),
-        p(at::sigmoid(x)),
-        n(at::sigmoid(-x)),
-        // Not 0: a power below 1 has a pole there, and the logarithm.
-        m(at::clamp_min(u * p + t * n, smallest_normal(x.scalar_type()))),
-        ce(-(u * at::log_sigmoid(-x) + t * at::log_sigmoid(x))),
-        w(o.focal.alpha < 0 ? at::ones_like(t) : t * o.focal.alpha + u * (1 - o.focal.alpha)),
-        g(t * o.focal.gamma + u * o.focal.gamma_neg),
-        power(o.focal.gamma == o.focal.gamma_neg ? m.pow(o.focal.gamma) : m.pow(g)) {}
+  explicit FocalTerms(const Operands& o) : t(smoothed_target_of(o)), u(at::rsub(t, 1)) {
+    const Focal& focal = o.focal;
+    const Tensor x = logits_of(o);
+    negative = x < 0;
+    a = at::where(negative, -x, x);  // |x|, but for its slope at 0
+    q = at::where(negative, t, u);
+    l = at::where(negative, u, t);
+    e = at::exp(-a);
+    s = at::reciprocal(1 + e);  // sigmoid(a), whose derivative would be s (1 - s)
+    hard = q == 0;
+    // 0 at an infinite logit on the side of its target
+    ce = a.masked_fill(hard.logical_and(a.isinf()), 0) * q + at::log1p(e);
+    g = t * focal.gamma + u * focal.gamma_neg;
+    w = focal.alpha < 0 ? at::ones_like(t) : t * focal.alpha + u * (1 - focal.alpha);
 
-  static double smallest_normal(at::ScalarType type) {
-    return type == at::kDouble ? std::numeric_limits<double>::min()
-                               : std::numeric_limits<float>::min();
+    const Tensor bounded = at::clamp_max(a, largest_exponent(x.scalar_type()));
+    const auto if_hard = [&](const Tensor& value) {
+      return value.masked_fill(hard.logical_not(), 0);
+    };
+    size = at::exp(-if_hard(bounded));
+    // q is 0 where it is hard; this is for the derivative by the target.
+    base = s * at::where(hard, l + if_hard(q) * at::exp(bounded), q + l * e);
+    const bool same = focal.gamma == focal.gamma_neg;
+    if (!same) base = base.masked_fill(base < 0, std::numeric_limits<double>::quiet_NaN());
+    power = (same ? base.pow(focal.gamma) : base.pow(g)) * at::exp(-g * if_hard(bounded));
   }
 
+  static double largest_exponent(at::ScalarType type) {
+    return type == at::kDouble ? Precision<double>::kLargestExponent
+                               : Precision<float>::kLargestExponent;
+  }
+
+  Tensor with_sign_of_logits(const Tensor& t) const { return at::where(negative, -t, t); }
+
+  // sigmoid(x) sigmoid(-x) / m is e s^2 / m, and the e of a hard target cancels. Else the limit of
+  // e ce is 0.
   Tensor slope_by_logit() const {
-    return w * power * (g * (u - t) * (p * n / m) * ce + u * p - t * n);
+    const Tensor e_ce = at::where(hard, ce, e * ce.masked_fill(a.isinf(), 0));
+    return w * power * with_sign_of_logits(g * (q - l) * s * s * e_ce / base + s * (q - l * e));
   }
 
   Tensor slope_by_target(const Focal& focal) const {
-    Tensor slope = w * (g * (n - p) * (ce / m) - x);
+    const Tensor m_by_target = with_sign_of_logits(s * (e - 1));
+    Tensor slope = w * (g * m_by_target * (ce / (size * base)) - with_sign_of_logits(a));
     if (focal.gamma != focal.gamma_neg)
-      slope = slope + (focal.gamma - focal.gamma_neg) * w * m.log() * ce;
+      slope = slope + (focal.gamma - focal.gamma_neg) * w * (base.log() + size.log()) * ce;
     if (focal.alpha >= 0) slope = slope + (2 * focal.alpha - 1) * ce;
     return power * slope;
   }

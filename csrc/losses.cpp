@@ -42,8 +42,11 @@ void check_operands(const Operands& o) {
 void check_focal(const Focal& focal) {
   TORCH_CHECK_VALUE(focal.alpha == -1 || (0 <= focal.alpha && focal.alpha <= 1),
                     "alpha must lie in [0, 1] or be -1, not ", focal.alpha);
-  for (const double gamma : {focal.gamma, focal.gamma_neg})
-    TORCH_CHECK_VALUE(0 <= gamma && gamma <= 1e6, "gamma must lie in [0, 1e6], not be ", gamma);
+  const auto check_exponent = [](const char* name, double gamma) {
+    TORCH_CHECK_VALUE(0 <= gamma && gamma <= 1e6, name, " must lie in [0, 1e6], not be ", gamma);
+  };
+  check_exponent("gamma", focal.gamma);
+  check_exponent("gamma_neg", focal.gamma_neg);
 }
 
 // Compared in float32, which holds all integers up to there.

@@ -29,15 +29,15 @@ def check_focal_numbers(alpha: float, gamma: float, gamma_neg: float | None) -> 
         raise TypeError("alpha, gamma and gamma_neg must be numbers, not tensors")
     if not 0.0 <= alpha <= 1.0 and alpha != -1.0:
         raise ValueError(f"alpha must lie in [0, 1] or be -1, not {alpha}")
-    _check_exponent(gamma)
+    _check_exponent("gamma", gamma)
     if gamma_neg is not None:
-        _check_exponent(gamma_neg)
+        _check_exponent("gamma_neg", gamma_neg)
 
 
-def _check_exponent(gamma: float) -> None:
+def _check_exponent(name: str, gamma: float) -> None:
     # Beyond, nothing is left of any loss.
     if not 0.0 <= gamma <= 1e6:
-        raise ValueError(f"gamma must lie in [0, 1e6], not be {gamma}")
+        raise ValueError(f"{name} must lie in [0, 1e6], not be {gamma}")
 
 
 def check_ignore_index(ignore_index: object, target: Tensor) -> int | float:

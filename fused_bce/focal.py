@@ -25,6 +25,7 @@ from fused_bce.scalars import (
     may_differ_from_zero,
     scalar_operand,
 )
+from fused_bce.sparse import SparseTarget, as_sparse
 
 _loss = torch.ops.fused_bce.sigmoid_focal_loss.default
 # torch.nn._reduction's numbers
@@ -33,7 +34,7 @@ _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2, "batchmean": 1}
 
 def sigmoid_focal_loss(
     inputs: Tensor,
-    targets: Tensor,
+    targets: Tensor | SparseTarget,
     alpha: float = 0.25,
     gamma: float = 2,
     reduction: str = "none",
@@ -57,9 +58,10 @@ def sigmoid_focal_loss(
     Args:
         inputs: logits, any shape, float16, bfloat16, float32 or float64.
         targets: the same shape, any of these dtypes, bool, uint8, int8, int16, int32 or int64,
-            usually in [0, 1] (not checked).
+            usually in [0, 1] (not checked). Or sparse ones, see
+            :func:`fused_bce.functional.binary_cross_entropy_with_logits`.
         alpha: in [0, 1], weight of positives; -1 for no such weights.
-        gamma: exponent, at least 0; 0 is cross entropy.
+        gamma: exponent, in [0, 1e6]; 0 is cross entropy.
         reduction: ``"none"``, ``"mean"``, ``"sum"``, or ``"batchmean"``, the sum over the size of
             the first dimension.
         gamma_neg: another exponent for negatives, where positives are few (`Ben-Baruch et al., 2020
@@ -77,7 +79,7 @@ def sigmoid_focal_loss(
     Raises:
         ValueError: for ``alpha``, ``gamma``, ``gamma_neg`` or ``label_smoothing`` out of range, an
             unknown reduction, different sizes, a bad ``ignore_index``, an invalid target.
-        RuntimeError: for a weight that does not broadcast.
+        RuntimeError: for a weight that does not broadcast or is complex.
         NotImplementedError: for logits that are no floats, and complex targets.
         TypeError: for one of the numbers if it is a tensor, and what should be a tensor and is not.
 
@@ -94,6 +96,8 @@ def sigmoid_focal_loss(
         >>> loss, logits.grad
         (tensor(0.0343, grad_fn=<...>), tensor([-0.0345,  0.0394, -0.0012]))
     """
+    if isinstance(targets, SparseTarget):
+        targets = targets.to_dense()
     reason = why_not_dense(inputs, targets, weight, None)
     if reason is not None and (isinstance(inputs, Proxy) or isinstance(targets, Proxy)):
         return handle_torch_function(
@@ -111,6 +115,9 @@ def sigmoid_focal_loss(
             validate_targets=validate_targets,
             recompute=recompute,
         )
+    if reason is not None and isinstance(sparse := as_sparse(targets), SparseTarget):
+        targets = sparse.to_dense()
+        reason = why_not_dense(inputs, targets, weight, None)
     check_focal_numbers(alpha, gamma, gamma_neg)
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {[*_REDUCTIONS]}, not {reduction!r}")
@@ -170,7 +177,9 @@ def _in_torch(inputs, targets, weight, alpha, gamma, gamma_neg, *rest):
         if not isinstance(value, Tensor) and not (name == "weight" and value is None):
             raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
     alpha = None if alpha == -1 else alpha
-    if torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
+        gamma_neg = None if gamma_neg == gamma else gamma_neg
+    else:
         alpha, gamma, gamma_neg = (
             number if _are_constant(number) else scalar_operand(number, inputs)
             for number in (alpha, gamma, gamma_neg)
@@ -264,14 +273,17 @@ class SigmoidFocalLoss(_WeightedLoss):
         recompute: bool = False,
     ):
         super().__init__(weight, reduction=reduction)
+        # Before a parameter that was to be trained would become a number
+        check_focal_numbers(alpha, gamma, gamma_neg)
+        check_label_smoothing(label_smoothing)
         # As torch.jit.script has them
         self.alpha = float(alpha)
         self.gamma = float(gamma)
         self.gamma_neg = None if gamma_neg is None else float(gamma_neg)
-        self.label_smoothing = label_smoothing
+        self.label_smoothing = float(label_smoothing)
         self.ignore_index = ignore_index
-        self.validate_targets = validate_targets
-        self.recompute = recompute
+        self.validate_targets = bool(validate_targets)
+        self.recompute = bool(recompute)
 
     def extra_repr(self) -> str:
         defaults = {

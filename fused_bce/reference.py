@@ -2,11 +2,12 @@
 the focal loss its operations, and around them what this package takes beyond. They can be
 scripted."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import _reduction
 from torch.nn.functional import binary_cross_entropy_with_logits as torch_bce
-from torch.nn.functional import logsigmoid
 
 
 def binary_cross_entropy_with_logits(
@@ -61,6 +62,8 @@ def sigmoid_focal_loss(
     target = smoothed(target.to(wide), label_smoothing)
     losses = sigmoid_focal_losses(input.to(wide), target, alpha, gamma, gamma_neg)
     if weight is not None:
+        if weight.is_complex():
+            raise RuntimeError(f"weight must be real, not {weight.dtype}")
         losses = losses * weight.expand(input.size())
     if ignored is not None:
         losses = losses.masked_fill(ignored, 0.0)
@@ -81,8 +84,10 @@ def check_focal_operands(input: Tensor, target: Tensor) -> None:
         raise ValueError(
             f"Target size ({target.size()}) must be the same as input size ({input.size()})"
         )
-    if not input.is_floating_point() or target.is_complex():
-        raise NotImplementedError("the focal loss is of real logits and targets")
+    if not input.is_floating_point():
+        raise NotImplementedError(f"inputs must be of floats, not {input.dtype}")
+    if target.is_complex():
+        raise NotImplementedError(f"targets must be real, not {target.dtype}")
 
 
 def sigmoid_focal_losses(
@@ -92,14 +97,28 @@ def sigmoid_focal_losses(
     gamma: float,
     gamma_neg: float | None,
 ) -> Tensor:
-    """The loss of each element. Of the two probabilities neither is the difference of the other and
-    1, so that no digit is lost in the tails."""
+    """The loss of each element, in the terms of csrc/formulas/focal.h, and so that all of its
+    derivatives are finite: for a hard target 1 - p_t is exp(-a) times ``base``, whose powers have
+    no pole."""
     u = 1 - t
-    m = u * torch.sigmoid(x) + t * torch.sigmoid(-x)
-    # Not 0, where a power below 1 has no derivative.
-    m = m.clamp(min=2.0**-1022 if x.dtype == torch.float64 else 2.0**-126)
-    losses = -(u * logsigmoid(-x) + t * logsigmoid(x))
-    losses = losses * (m**gamma if gamma_neg is None else m ** (gamma * t + gamma_neg * u))
+    negative = x < 0
+    a = torch.where(negative, -x, x)  # |x|, but for its slope at 0
+    q, rest = torch.where(negative, t, u), torch.where(negative, u, t)
+    e = torch.exp(-a)
+    hard = q == 0
+    # 0 at an infinite logit on the side of its target
+    ce = a.masked_fill(hard & a.isinf(), 0.0) * q + torch.log1p(e)
+    bounded = a.clamp(max=709.0 if x.dtype == torch.float64 else 88.0)
+    minus_log_size = bounded.masked_fill(~hard, 0.0)
+    # q is 0 where it is hard; this is for the derivative by the target.
+    at_hard = rest + q.masked_fill(~hard, 0.0) * torch.exp(bounded)
+    base = torch.where(hard, at_hard, q + rest * e) / (1 + e)
+    if gamma_neg is None:
+        power = base**gamma * torch.exp(-gamma * minus_log_size)
+    else:
+        g = gamma * t + gamma_neg * u
+        power = base.masked_fill(base < 0, math.nan) ** g * torch.exp(-g * minus_log_size)
+    losses = power * ce
     return losses if alpha is None else losses * (alpha * t + (1 - alpha) * u)
 
 

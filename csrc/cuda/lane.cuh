@@ -115,6 +115,11 @@ FUSED_BCE_INLINE Lane<float> exp_minus(Lane<float> a) {
   return Lane<float>(fmaf(exp2, rest * kLn2, exp2));
 }
 
+// What is lost is the estimate's error, which is not known.
+FUSED_BCE_INLINE Rounded<Lane<float>> exp_minus_and_lost(Lane<float> a) {
+  return {exp_minus(a), Lane<float>(0)};
+}
+
 // a / b for b in [1, 2]: the hardware's estimate and one step of Newton.
 FUSED_BCE_INLINE Lane<float> quotient(Lane<float> a, Lane<float> b) {
   const float estimate = reciprocal_approximately(b.v);

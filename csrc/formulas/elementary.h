@@ -101,20 +101,33 @@ FUSED_BCE_INLINE Real at_most(Real a, Real bound) {
   return select(a > bound, bound, a);
 }
 
+// A result y, and what rounding took from it: it is y (1 + lost), roughly.
+template <class Real>
+struct Rounded {
+  Real y, lost;
+};
+
 // exp(-a) for a >= 0: a = n ln 2 + r, exp(-a) = 2^-n exp(-r). NaN stays NaN: it fails the
 // comparison, and its polynomial is NaN whatever the scale.
 template <class Real>
-FUSED_BCE_INLINE Real exp_minus(Real a) {
+FUSED_BCE_INLINE Rounded<Real> exp_minus_and_lost(Real a) {
   using P = Precision<typename Real::Scalar>;
+  const Real one(1);
   const Real bounded = at_most(a, Real(P::kLargestExponent));
   const Real shifted = fma(bounded, Real(P::kLog2e), Real(P::kRoundShift));
   const Real n = shifted - Real(P::kRoundShift);
   const Real r = fma(n, Real(-P::kLn2Low), fma(n, Real(-P::kLn2High), bounded));
-  const Real y = fma(fma(P::exp_remainder(r), r, Real(-1)), r, Real(1));
-  return scale_exp2_minus(y, shifted);
+  const Real slope = fma(P::exp_remainder(r), r, Real(-1));
+  const Real y = fma(slope, r, one);
+  return {scale_exp2_minus(y, shifted), fma(slope, r, one - y)};
 }
 
-// -log(r) for r in (0, 1]: r = 2^-n (1 + f), -log(r) = n ln 2 - log1p(f). Near 1 the difference
+template <class Real>
+FUSED_BCE_INLINE Real exp_minus(Real a) {
+  return exp_minus_and_lost(a).y;
+}
+
+// -log(r) for r > 0: r = 2^-n (1 + f), -log(r) = n ln 2 - log1p(f). Near 1 the difference
 // cancels: this is right to units of the last place of ln 2, as the exponent of a power.
 template <class Real>
 FUSED_BCE_INLINE Real minus_log(Real r) {

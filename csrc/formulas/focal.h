@@ -21,6 +21,8 @@ struct SigmoidFocal {
   BinaryCrossEntropy bce;
   double of_positives, of_negatives;  // w
   double gamma, gamma_neg;
+  // For targets outside [0, 1], of which 1 - p_t may be negative: nan for a fractional gamma.
+  double power_of_minus_1;
   bool plain, by_products;
 
   FUSED_BCE_INLINE explicit SigmoidFocal(const Problem& p)
@@ -29,6 +31,7 @@ struct SigmoidFocal {
         of_negatives(p.focal.alpha < 0 ? 1 : 1 - p.focal.alpha),
         gamma(p.focal.gamma),
         gamma_neg(p.focal.gamma_neg),
+        power_of_minus_1(power_of_minus_1_to(gamma, gamma_neg)),
         plain(gamma == 0 && gamma_neg == 0),
         // Beyond 2 the errors of m add up to more than those of its exponential.
         by_products(gamma == gamma_neg && (gamma == 1 || gamma == 2)) {}
@@ -44,6 +47,11 @@ struct SigmoidFocal {
   }
 
  private:
+  static FUSED_BCE_INLINE double power_of_minus_1_to(double gamma, double gamma_neg) {
+    if (gamma != gamma_neg || gamma != floor(gamma)) return NAN;
+    return gamma / 2 == floor(gamma / 2) ? 1 : -1;
+  }
+
   template <class Real>
   static FUSED_BCE_INLINE Real number(double value) {
     return Real(static_cast<typename Real::Scalar>(value));
@@ -60,8 +68,11 @@ struct SigmoidFocal {
     const Real zero(0), one(1);
     const Real most(Precision<typename Real::Scalar>::kLargestExponent);
     const Real a = abs(x);
-    const Real e = exp_minus(a);
-    const Real c = e - e * quotient(e, one + e);  // as in bce.h: powers multiply its error
+    const auto [e, lost] = exp_minus_and_lost(a);
+    const Real sigmoid = quotient(e, one + e);
+    // From e - e c, as in bce.h, since powers multiply its error; and products of three factors the
+    // one of e, which in the tail is put right in c for all of them.
+    const Real c = e - e * (kByProducts ? sigmoid - lost * fma(e, Real(-1.5), Real(1.5)) : sigmoid);
     const Real sp = Precision<typename Real::Scalar>::log1p(e);
     const Real u = one - t;
     const Real q = select(sign_bit(x), t, u);
@@ -80,18 +91,21 @@ struct SigmoidFocal {
       const Real g_rest = rest<Real>(gamma) * t + rest<Real>(gamma_neg) * u;
       const Real r = fma(l, e, q);            // m = r / (1 + e)
       const Real bounded = at_most(a, most);  // 0 times infinity
-      const Real power = power_of(g, g_rest, select(q == zero, bounded, minus_log(r)), sp);
+      const Real size = power_of(g, g_rest, select(q == zero, bounded, minus_log(abs(r))), sp);
+      const Real power = select(zero > r, size * number<Real>(power_of_minus_1), size);
       const Real turned = select(q == zero, (c - one) * sp, (q - l) * c_ce / r);
       return {power * ce, flip_sign(power * fma(g, turned, q - c), x)};
     }
   }
 
   // (exp(-minus_log_r) / (1 + e))^g = exp(-g minus_log_r) exp(-g sp). In the tail the first product
-  // is large, and its rounding error one of the exponent: it is put right to first order.
+  // is large, and its rounding error one of the exponent: it is put right to first order. For a
+  // target outside [0, 1] the base may be above 1, and the power infinite.
   template <class Real>
   static FUSED_BCE_INLINE Real power_of(Real g, Real g_rest, Real minus_log_r, Real sp) {
     const Real exponent = g * minus_log_r;
-    const Real rounded = exp_minus(exponent);
+    const Real largest(Precision<typename Real::Scalar>::kLargestExponent);
+    const Real rounded = select(Real(0) - largest > exponent, Real(INFINITY), exp_minus(exponent));
     const Real error = fma(g_rest, minus_log_r, product_rest(g, minus_log_r, exponent));
     return (rounded - rounded * error) * exp_minus(g * sp);
   }

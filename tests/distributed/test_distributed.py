@@ -362,6 +362,19 @@ def check_focal_shard(mesh, placements, gamma, reduction):
         # A sum of a hundred elements in float32
         for got, want in ((loss, exact.loss), (leaf.grad, exact.grad_logits)):
             torch.testing.assert_close(got.full_tensor().double(), want, rtol=1e-5, atol=1e-6)
+    check_second_derivative(logits, target, whole, options)
+
+
+def check_second_derivative(logits, target, whole, options):
+    def second(x, t):
+        x = x.detach().requires_grad_()
+        loss = sigmoid_focal_loss(x, t, **options)
+        (grad,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
+        return torch.autograd.grad((grad * grad).sum(), x)[0]
+
+    x, t, _ = widened(*whole)
+    got = second(logits, target).full_tensor().double()
+    torch.testing.assert_close(got, second(x, t), rtol=1e-4, atol=1e-6)  # of products of six
 
 
 def check_training():

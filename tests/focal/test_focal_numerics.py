@@ -84,38 +84,71 @@ def test_hard_targets(kernel_device, dtype, gamma, request, capsys):
     assert grad_ulp <= MAX_ULP
 
 
+def ulp_of_hard_targets(x, t, alpha, gamma, device):
+    """Of loss and gradient, against logarithms in float64, whose own errors are 1e-13."""
+    loss, grad = evaluate(x, torch.full_like(x, t), alpha, gamma, device)
+    away = (1 - 2 * t) * x.double()  # grows with the loss
+    log_m, log_n = (torch.nn.functional.logsigmoid(s) for s in (away, -away))
+    weighted = alpha_of(alpha, t) * torch.exp(gamma * log_m)
+    true = weighted * -log_n
+    true_grad = weighted * (gamma * log_n.exp() * -log_n + log_m.exp())
+    largest = []
+    for got, want in ((loss, true), ((1 - 2 * t) * grad, true_grad)):
+        normal = want >= SMALLEST_NORMAL[torch.float32]
+        unit = torch.from_numpy(np.spacing(want.float().numpy())).double()
+        error = (got.double() - want).abs()
+        largest.append((error / unit).where(normal, 0).max().item())
+        assert not gamma or got.abs().where(~normal, 0).max() <= 2 * SMALLEST_NORMAL[torch.float32]
+    return largest
+
+
 @by_gamma
 def test_many_hard_targets(kernel_device, gamma):
-    """Against logarithms in float64, whose own errors are 1e-13."""
     x = (torch.rand(15_000, dtype=torch.float64) * 2 - 1) * 87
-    x = x.float()
+    # The worst that were found
+    x[:6] = torch.tensor([-16.926586151123047, 0.06195836, 0.07004052, 0.1065069, -13.83281, 87])
     for t in (0.0, 1.0):
-        loss, grad = evaluate(x, torch.full_like(x, t), -1, gamma, kernel_device)
-        away = (1 - 2 * t) * x.double()  # grows with the loss
-        log_m, log_n = (torch.nn.functional.logsigmoid(s) for s in (away, -away))
-        true = torch.exp(gamma * log_m) * -log_n
-        true_grad = torch.exp(gamma * log_m) * (gamma * log_n.exp() * -log_n + log_m.exp())
-        for got, want in ((loss, true), ((1 - 2 * t) * grad, true_grad)):
-            normal = want >= SMALLEST_NORMAL[torch.float32]
-            unit = torch.from_numpy(np.spacing(want.float().numpy())).double()
-            assert ((got.double() - want).abs() / unit)[normal].max() <= MAX_ULP
-            assert got[~normal].abs().max() <= 2 * SMALLEST_NORMAL[torch.float32] if gamma else True
+        assert max(ulp_of_hard_targets(x.float(), t, -1, gamma, kernel_device)) <= MAX_ULP
+        assert max(ulp_of_hard_targets(x.float(), t, 0.25, gamma, kernel_device)) <= MAX_ULP
 
 
-@by_branch
+@pytest.mark.large
+@by_gamma
+def test_very_many_hard_targets(kernel_device, gamma, request, capsys):
+    """One float in 37 of each sign from 2^-12 to 87: the figures in docs/focal.md."""
+    first, last = (torch.tensor(x).view(torch.int32).item() for x in (2.0**-12, 87.0))
+    largest = [0.0, 0.0]
+    for begin in range(first, last, 37 << 20):
+        bits = torch.arange(begin, min(begin + (37 << 20), last), 37, dtype=torch.int32)
+        for x in (bits.view(torch.float32), -bits.view(torch.float32)):
+            for alpha in (0.25, -1):
+                ulp = ulp_of_hard_targets(x, 0.0, alpha, gamma, kernel_device)
+                largest = [max(pair) for pair in zip(largest, ulp, strict=True)]
+    kernel = request.node.callspec.params["kernel_device"]
+    with capsys.disabled():
+        print(f"\n  focal, gamma {gamma}, float32 on {kernel}: loss, gradient {largest}")
+    assert max(largest) <= MAX_ULP
+
+
+@by_gamma
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_soft_targets(kernel_device, alpha, gamma):
     """The loss in relative terms. The gradient is a difference, which has a zero: a few roundings
     of its largest term, which is below 4."""
-    logits = points(torch.float32)[::4]
+    logits = points(torch.float32)[::8]
     target = torch.rand(len(logits), generator=torch.Generator().manual_seed(0))
+    target[::3] *= 2.0**-10  # nearly hard
+    target[1::3] = 1 - target[1::3] * 2.0**-10
     loss, grad = evaluate(logits, target, alpha, gamma, kernel_device)
     for x, t, got_loss, got_grad in zip(
         *map(torch.Tensor.tolist, (logits, target, loss, grad)), strict=True
     ):
         true_loss, true_grad = (float(v) * alpha_of(alpha, t) for v in to_40_digits(x, t, gamma))
-        # As many units as for hard targets, in 2^-23; and half of one from 1 - t.
-        assert abs(got_loss - true_loss) <= 10 * 2.0**-23 * abs(true_loss)
+        # As many units as for hard targets, in 2^-23; half of one from 1 - t; and those of a power
+        # of 1 - p_t, of whose logarithm the rounding error counts gamma times.
+        wrong = t / (1 + math.exp(x)) + (1 - t) / (1 + math.exp(-x))
+        units = 10 - (0 if gamma in (0, 1, 2) else gamma * math.log(wrong) / 2)
+        assert abs(got_loss - true_loss) <= units * 2.0**-23 * abs(true_loss)
         scale = max(1.0, abs(true_loss))
         assert abs(got_grad - true_grad) <= 10 * 2.0**-23 * scale
 
