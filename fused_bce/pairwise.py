@@ -1,15 +1,20 @@
 """The sigmoid loss of pairs, of contrastive training (SigLIP), without its matrix of logits."""
 
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
+from torch.overrides import handle_torch_function
 
-from fused_bce import reference
-from fused_bce.dispatch import log_once, why_not_linear
-from fused_bce.head import check_numbers, linear_loss, operator_arguments
+from fused_bce.dispatch import are_shards, log_once, why_not_linear
+from fused_bce.head import _on_whole_logits, check_numbers, linear_loss, operator_arguments
 from fused_bce.registrations import ops
 from fused_bce.sparse import SparseTarget
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NUMBERS = (Real, torch.SymInt, torch.SymFloat)
 
 
 def pairwise_sigmoid_loss(
@@ -30,12 +35,13 @@ def pairwise_sigmoid_loss(
 
     Args:
         input1: (N, F), float16, bfloat16, float32 or float64.
-        input2: (M, F), of the same dtype.
+        input2: (M, F), of the same dtype but under autocast.
         logit_scale: a number or a tensor of one, as it multiplies: not its logarithm.
         logit_bias: a number, a tensor of one, or None.
         positives: ``"diagonal"``: sample i of the one and sample i of the other; None: there are
             none, as among the samples of another process; or a :class:`fused_bce.SparseTarget` of
-            N rows and M labels, for several captions of an image for example.
+            N rows and M labels, for several captions of an image for example. No pair is left out:
+            one that may be positive can be given a target between 0 and 1, by its ``values``.
         reduction: ``"batchmean"``, the sum over N, as SigLIP has it; ``"mean"`` or ``"sum"``.
         chunk_bytes: most bytes of a block of logits; None: by device.
 
@@ -46,9 +52,14 @@ def pairwise_sigmoid_loss(
     Raises:
         ValueError: for an unknown reduction or ``positives``, and ``chunk_bytes`` that is not
             positive.
-        RuntimeError: for inputs that are no matrices, that differ in features, dtype or device, and
-            for a scale or bias of several numbers.
+        RuntimeError: for inputs that are no matrices, are of another dtype, or differ in features,
+            dtype or device, and for a scale or bias of several numbers or on another device.
+        TypeError: for inputs that are no tensors, a scale or bias that is neither a real number nor
+            a tensor, other ``positives``, and ``chunk_bytes`` that is no integer.
         IndexError, TypeError: for a bad SparseTarget.
+
+    On a GPU nothing waits for the host, also with numbers, and a scale or bias on the CPU but for
+    its gradient. DTensors are taken as the linear head takes them.
 
     Example:
         >>> import torch
@@ -58,17 +69,41 @@ def pairwise_sigmoid_loss(
         >>> pairwise_sigmoid_loss(image, text, 10.0, -10.0)
         tensor(0.6933)
     """
+    operands = input1, input2, logit_scale, logit_bias
+    traced = [t for t in (*operands, positives) if isinstance(t, Proxy)]
+    if traced:
+        return handle_torch_function(
+            pairwise_sigmoid_loss,
+            traced,
+            *operands,
+            positives=positives,
+            reduction=reduction,
+            chunk_bytes=chunk_bytes,
+        )
     check_numbers(reduction, 0.0, chunk_bytes)
-    check_pairs(input1, input2, logit_scale, logit_bias)
+    check_pairs(*operands)
     target = _target(positives, input1, input2)
-    pairs = PairwiseOperands.of(input1, input2, logit_scale, logit_bias, chunk_bytes, reduction)
+    pairs = PairwiseOperands.of(*operands, chunk_bytes, reduction)
+    layer = pairs.scaled, input2, target
+    options: dict[str, Any] = {
+        "linear_bias": pairs.bias,
+        "weight": None,
+        "pos_weight": None,
+        "reduction": reduction,
+        "label_smoothing": 0.0,
+        "ignore_index": None,
+    }
     reason = why_not_linear(pairs.scaled, input2, pairs.bias, target, None, None)
     if reason is not None:
         if not torch.compiler.is_compiling():
             log_once(reason)
-        return _on_whole_logits(pairs.scaled, input2, pairs.bias, target, reduction)
-    operands = {"linear_bias": pairs.bias}
-    return linear_loss(pairs.scaled, input2, target, operands, pairs.arguments)
+        scaled, weight, options["linear_bias"] = pairs.as_a_layer_has_them(input2)
+        return _on_whole_logits(scaled, weight, target, options)
+    if are_shards(pairs.scaled, input2):
+        from fused_bce.sharded import loss_of_shards
+
+        return loss_of_shards(*layer, options, pairs.arguments)
+    return linear_loss(*layer, options, pairs.arguments)
 
 
 class PairwiseOperands(NamedTuple):
@@ -90,25 +125,30 @@ class PairwiseOperands(NamedTuple):
         chunk_bytes: int | None,
         reduction: str = "batchmean",
     ) -> "PairwiseOperands":
-        scaled = input1.to(torch.promote_types(input1.dtype, torch.float32)) * logit_scale
+        wide = torch.float64 if input1.dtype == torch.float64 else torch.float32
+        scaled = input1.to(wide) * _of_dtype(logit_scale, wide)
         bias = None
         if logit_bias is not None:
-            bias = torch.as_tensor(logit_bias, dtype=scaled.dtype, device=scaled.device)
-            bias = bias.reshape(()).expand(input2.shape[0])
+            # A product: a copy to a GPU would wait, and of torch.full a compiler may make a
+            # constant (see scalars.py).
+            ones = torch.ones((), dtype=wide, device=input2.device)
+            bias = (ones * _of_dtype(logit_bias, wide)).expand(input2.shape[0])
         arguments = operator_arguments(scaled, input2, reduction, chunk_bytes=chunk_bytes)
-        arguments["dtype"] = input1.dtype if input1.dtype != scaled.dtype else None
+        dtype = logits_dtype(input1, input2)
+        arguments["dtype"] = dtype if (dtype, input2.dtype) != (wide, wide) else None
         return cls(scaled, bias, arguments)
+
+    def as_a_layer_has_them(self, input2: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Both inputs and the bias, in the dtype of the logits."""
+        dtype = self.arguments["dtype"] or self.scaled.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return self.scaled.to(dtype), input2.to(dtype), bias
 
     def loss_and_grads(
         self, input2: Tensor, positives: str | None, wanted: list[bool]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The loss, and its gradients in float32 or float64 for those that are wanted."""
         target = _target(positives, self.scaled, input2)
-        dtype = self.arguments["dtype"]
-        # What the operator's autocast does, which is below autograd: float64 stays what it is.
-        device = input2.device.type
-        if self.scaled.dtype != torch.float64 and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
         return ops.linear_binary_cross_entropy_with_grads(
             wanted,
             None,
@@ -117,8 +157,27 @@ class PairwiseOperands(NamedTuple):
             self.bias,
             target.indices,
             target.offsets,
-            **(self.arguments | {"dtype": dtype}),
+            **self.arguments,
         )
+
+
+def logits_dtype(input1: Tensor, input2: Tensor) -> torch.dtype:
+    """That of the inputs, or autocast's, as a layer's: float64 stays what it is."""
+    if _autocasts(input1, input2):
+        return torch.get_autocast_dtype(input1.device.type)
+    return input1.dtype
+
+
+def _autocasts(*inputs: Tensor) -> bool:
+    device = inputs[0].device.type
+    # The meta device has no autocast to ask for.
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return False
+    return all(t.dtype != torch.float64 for t in inputs)
+
+
+def _of_dtype(number: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    return number.reshape(()).to(dtype) if isinstance(number, Tensor) else number
 
 
 def check_pairs(
@@ -127,16 +186,40 @@ def check_pairs(
     logit_scale: float | Tensor,
     logit_bias: float | Tensor | None,
 ) -> None:
+    for name, features in (("input1", input1), ("input2", input2)):
+        if not isinstance(features, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(features).__name__}")
+        if features.dtype not in _FLOATS:
+            raise RuntimeError(
+                f"{name} must be float16, bfloat16, float32 or float64, not {features.dtype}"
+            )
     if input1.dim() != 2 or input2.dim() != 2 or input1.shape[1] != input2.shape[1]:
         raise RuntimeError(
             f"inputs must be of shapes (N, F) and (M, F), not {tuple(input1.shape)} and "
             f"{tuple(input2.shape)}"
         )
-    if input1.dtype != input2.dtype:
+    if input1.device != input2.device:
+        raise RuntimeError(f"inputs are on {input1.device} and {input2.device}")
+    if input1.dtype != input2.dtype and not _autocasts(input1, input2):
         raise RuntimeError(f"inputs have dtypes {input1.dtype} and {input2.dtype}")
-    for name, number in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
-        if isinstance(number, Tensor) and number.numel() != 1:
-            raise RuntimeError(f"{name} must be one number, not of shape {tuple(number.shape)}")
+    _check_number("logit_scale", logit_scale, input1)
+    if logit_bias is not None:
+        _check_number("logit_bias", logit_bias, input1)
+
+
+def _check_number(name: str, number: float | Tensor, beside: Tensor) -> None:
+    if not isinstance(number, Tensor):
+        if not isinstance(number, _NUMBERS):
+            raise TypeError(
+                f"{name} must be a number or a tensor of one, not {type(number).__name__}"
+            )
+        return
+    if number.numel() != 1:
+        raise RuntimeError(f"{name} must be one number, not of shape {tuple(number.shape)}")
+    if number.is_complex():
+        raise TypeError(f"{name} must be real, not {number.dtype}")
+    if number.device != beside.device and not number.is_cpu:
+        raise RuntimeError(f"{name} is on {number.device}, the inputs on {beside.device}")
 
 
 def _target(positives, input1: Tensor, input2: Tensor) -> SparseTarget:
@@ -149,18 +232,12 @@ def _target(positives, input1: Tensor, input2: Tensor) -> SparseTarget:
             )
         positives.check()
         return positives
+    if not isinstance(positives, str | None):
+        raise TypeError(
+            f"positives must be 'diagonal', a SparseTarget or None, not {type(positives).__name__}"
+        )
     if positives is not None and positives != "diagonal":
         raise ValueError(f"positives must be 'diagonal', a SparseTarget or None, not {positives!r}")
     number = 0 if positives is None else min(rows, labels)
     offsets = torch.arange(rows + 1, device=input1.device).clamp(max=number)
     return SparseTarget(torch.arange(number, device=input1.device), offsets, labels)
-
-
-def _on_whole_logits(scaled, input2, bias, target, reduction) -> Tensor:
-    logits = torch.nn.functional.linear(
-        scaled.to(input2.dtype), input2, None if bias is None else bias.to(input2.dtype)
-    )
-    dense = target.to_dense().to(scaled.dtype)
-    return reference.binary_cross_entropy_with_logits(
-        logits, dense, None, None, reduction, 0.0, None
-    )

@@ -54,6 +54,11 @@ by_weights = pytest.mark.parametrize(
 )
 
 
+def rounded(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """As a kernel rounds a float64 tensor to that dtype; the gradient passes unchanged."""
+    return t + (t.detach().to(dtype).double() - t.detach())
+
+
 def make_weights(names: tuple[str, ...], channels: int, device, dtype=torch.float32) -> dict:
     """Weights in [0.5, 2.5) for each channel, as keyword arguments."""
     return {n: (torch.rand(channels, device=device) * 2 + 0.5).to(dtype) for n in names}
