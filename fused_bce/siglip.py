@@ -2,17 +2,26 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.fx import Proxy
+from torch.overrides import handle_torch_function
 
-from fused_bce.pairwise import PairwiseOperands, check_pairs, pairwise_sigmoid_loss
+from fused_bce.dispatch import are_shards
+from fused_bce.pairwise import PairwiseOperands, check_pairs, logits_dtype, pairwise_sigmoid_loss
 from fused_bce.registrations import outside_graphs
 
-# What one exchange gives: the features of another process, None in the turn of its own; and what
-# takes their gradient to that process, and returns the part of another's for its own.
-_Turn = tuple[Tensor | None, Callable[[Tensor], Tensor]]
+
+class _Turn(NamedTuple):
+    """One exchange of texts."""
+
+    features: Tensor | None  # those of another process; None where it is the turn of this one's
+    # Sends the gradient of these features to the process that owns them, and returns what comes in
+    # return: another process's part of the gradient of this one's texts.
+    give_back: Callable[[Tensor], Tensor]
 
 
 class SigLipLoss(torch.nn.Module):
@@ -22,8 +31,9 @@ class SigLipLoss(torch.nn.Module):
 
     The texts of the others come one process at a time, and their gradients go back as they are
     computed, in forward: memory grows by the features and the gradient of one neighbour, whatever
-    the number of processes. (Batches are of the same size in all of them, and so must be the
-    gradient of the loss.) A second derivative there is in one process only.
+    the number of processes. Batches must be of the same size and dtype in all of them, and so must
+    be the gradient of the loss; none or all of them have a frozen text tower, or torch.no_grad. A
+    second derivative there is in one process only.
 
     Args:
         cache_labels: accepted, as nothing of the size of the labels exists.
@@ -31,14 +41,22 @@ class SigLipLoss(torch.nn.Module):
         dist_impl: how the texts travel: ``"bidir"`` (None), to both neighbours; ``"shift"``, to
             the right; ``"reduce"``, in a sum in which all others are 0; ``"gather"``, broadcast
             from one process after the other, as all at once would be in memory.
-        chunk_size: images in a block of logits; 0: by its size in bytes, see ``chunk_bytes`` of the
-            function.
+        chunk_size: a block has at most ``chunk_size`` x N logits, as open_clip's of that many
+            images, in whatever shape; 0: by its size in bytes, see ``chunk_bytes`` of the function.
 
     Shape:
         - image_features, text_features: (N, F), normalised.
         - logit_scale: one number, as it multiplies (``model.logit_scale.exp()``).
         - logit_bias: one number or None.
         - output: one number, or with ``output_dict`` ``{"contrastive_loss": ...}``.
+
+    Raises:
+        ValueError: for an unknown ``dist_impl``, and in several processes for a ``rank`` or
+            ``world_size`` that is not torch.distributed's.
+        RuntimeError: in several processes, without an initialised group, for DTensors, for
+            gradients of the loss that differ, and for a second derivative.
+
+    What the function raises, besides.
 
     Example:
         >>> import torch
@@ -74,35 +92,61 @@ class SigLipLoss(torch.nn.Module):
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        chunk_bytes = None
-        if self.chunk_size > 0:
-            # Of float32 blocks, which those of half types are on the CPU
-            width = max(text_features.element_size(), 4) * text_features.shape[0]
-            chunk_bytes = max(self.chunk_size * width, 1)
         operands = image_features, text_features, logit_scale, logit_bias
-        if self.world_size > 1:
-            loss = self._over_processes(*operands, chunk_bytes)
-        else:
-            loss = pairwise_sigmoid_loss(*operands, chunk_bytes=chunk_bytes)
+        loss = _loss(*operands, self.rank, self.world_size, self.dist_impl, self.chunk_size)
         return {"contrastive_loss": loss} if output_dict else loss
 
-    @outside_graphs
-    def _over_processes(self, image, text, logit_scale, logit_bias, chunk_bytes) -> Tensor:
-        check_pairs(image, text, logit_scale, logit_bias)
-        exchange = partial(_EXCHANGES[self.dist_impl], rank=self.rank, world_size=self.world_size)
-        pairs = PairwiseOperands.of(image, text, logit_scale, logit_bias, chunk_bytes)
-        return _LossOverProcesses.apply(pairs.scaled, text, pairs.bias, pairs, exchange)
-
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, world_size={self.world_size}, dist_impl={self.dist_impl!r}"
+        names = ("rank", "world_size", "dist_impl", "chunk_size")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+def _loss(image, text, logit_scale, logit_bias, rank, world_size, dist_impl, chunk_size) -> Tensor:
+    operands = image, text, logit_scale, logit_bias
+    traced = [t for t in operands if isinstance(t, Proxy)]
+    if traced:
+        settings = rank, world_size, dist_impl, chunk_size
+        return handle_torch_function(_loss, traced, *operands, *settings)
+    check_pairs(*operands)
+    chunk_bytes = None
+    if chunk_size > 0:
+        # On a CPU without products of a half type a block is widened, and has fewer logits.
+        chunk_bytes = max(chunk_size * text.shape[0] * logits_dtype(image, text).itemsize, 1)
+    if world_size > 1:
+        return _over_processes(*operands, rank, world_size, dist_impl, chunk_bytes)
+    return pairwise_sigmoid_loss(*operands, chunk_bytes=chunk_bytes)
+
+
+@outside_graphs
+def _over_processes(
+    image, text, logit_scale, logit_bias, rank, world_size, dist_impl, chunk_bytes
+) -> Tensor:
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            f"SigLipLoss over {world_size} processes needs torch.distributed.init_process_group"
+        )
+    if (rank, world_size) != (dist.get_rank(), dist.get_world_size()):
+        raise ValueError(
+            f"SigLipLoss was made for rank {rank} of {world_size} processes, but this is rank "
+            f"{dist.get_rank()} of {dist.get_world_size()}"
+        )
+    if are_shards(image) or are_shards(text):
+        raise RuntimeError("SigLipLoss over processes takes the features of this one, no DTensors")
+    exchange = partial(_EXCHANGES[dist_impl], rank=rank, world_size=world_size)
+    # Collectives pass on memory, whatever the strides; and the gradient has those of the features.
+    text = text.contiguous()
+    pairs = PairwiseOperands.of(image, text, logit_scale, logit_bias, chunk_bytes)
+    differentiates = torch.is_grad_enabled()  # forward of a torch.autograd.Function would not see
+    operands = pairs.scaled, text, pairs.bias
+    return _LossOverProcesses.apply(*operands, pairs, exchange, differentiates)
 
 
 class _LossOverProcesses(torch.autograd.Function):
     """Loss and gradients, all in forward, so that no features have to wait for backward."""
 
     @staticmethod
-    def forward(ctx, scaled, text, bias, pairs, exchange):
-        wanted = [*ctx.needs_input_grad[:3]]
+    def forward(ctx, scaled, text, bias, pairs, exchange, differentiates):
+        wanted = [needed and differentiates for needed in ctx.needs_input_grad[:3]]
         loss, grad_scaled, grad_text, grad_bias = pairs.loss_and_grads(text, "diagonal", wanted)
 
         def grad_of(features):
@@ -119,7 +163,8 @@ class _LossOverProcesses(torch.autograd.Function):
                 grad_text += give_back(grad)
             del grad  # or it would be there beside the next
         ctx.text_dtype = text.dtype
-        ctx.grads = grad_scaled, grad_text, grad_bias
+        # Saved-tensor hooks see them, and after backward they are gone.
+        ctx.save_for_backward(grad_scaled, grad_text, grad_bias)
         return loss
 
     @staticmethod
@@ -130,11 +175,12 @@ class _LossOverProcesses(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         if wanted[1]:
             _check_equal_everywhere(grad_loss)
+        # Not in place: with retain_graph there is another backward.
         scaled, text, bias = (
             grad * grad_loss.to(grad.dtype) if is_wanted else None
-            for grad, is_wanted in zip(ctx.grads, wanted, strict=False)
+            for grad, is_wanted in zip(ctx.saved_tensors, wanted, strict=False)
         )
-        return scaled, None if text is None else text.to(ctx.text_dtype), bias, None, None
+        return scaled, None if text is None else text.to(ctx.text_dtype), bias, None, None, None
 
 
 def _check_equal_everywhere(grad_loss: Tensor) -> None:
@@ -150,7 +196,6 @@ def _check_equal_everywhere(grad_loss: Tensor) -> None:
 
 
 def _swap(t: Tensor, to: int, source: int) -> Tensor:
-    t = t.contiguous()
     received = torch.empty_like(t)
     ops = [dist.P2POp(dist.isend, t, to), dist.P2POp(dist.irecv, received, source)]
     for work in dist.batch_isend_irecv(ops):
@@ -163,7 +208,7 @@ def _around(text: Tensor, rank: int, world_size: int, step: int, turns: int) -> 
     for turn in range(1, turns + 1):
         text = _swap(text, (rank + step) % world_size, (rank - step) % world_size)
         owner, borrower = (rank - step * turn) % world_size, (rank + step * turn) % world_size
-        yield text, partial(_swap, to=owner, source=borrower)
+        yield _Turn(text, partial(_swap, to=owner, source=borrower))
 
 
 def _shift(text: Tensor, rank: int, world_size: int) -> Iterator[_Turn]:
@@ -179,14 +224,16 @@ def _reduce(text: Tensor, rank: int, world_size: int) -> Iterator[_Turn]:
     for owner in range(world_size):
         features = text.clone() if owner == rank else torch.zeros_like(text)
         dist.all_reduce(features)
-        yield None if owner == rank else features, partial(_sum_to, owner=owner, rank=rank)
+        give_back = partial(_sum_to, owner=owner, rank=rank)
+        yield _Turn(None if owner == rank else features, give_back)
 
 
 def _gather(text: Tensor, rank: int, world_size: int) -> Iterator[_Turn]:
     for owner in range(world_size):
-        features = text.contiguous() if owner == rank else torch.empty_like(text.contiguous())
+        features = text if owner == rank else torch.empty_like(text)
         dist.broadcast(features, owner)
-        yield None if owner == rank else features, partial(_sum_to, owner=owner, rank=rank)
+        give_back = partial(_sum_to, owner=owner, rank=rank)
+        yield _Turn(None if owner == rank else features, give_back)
 
 
 def _sum_to(grad: Tensor, owner: int, rank: int) -> Tensor:

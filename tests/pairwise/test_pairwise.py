@@ -259,7 +259,7 @@ def test_fx_traces_one_call(device):
             return self.loss(image * 2, text, scale)
 
     leaves = draw((6, 6), device)[:3]
-    for loss in (pairwise_sigmoid_loss, SigLipLoss()):
+    for loss in (pairwise_sigmoid_loss, SigLipLoss(), SigLipLoss(chunk_size=2)):
         traced = torch.fx.symbolic_trace(Model(loss))
         assert [n.op for n in traced.graph.nodes].count("call_function") == 2
         assert torch.equal(traced(*leaves), loss(leaves[0] * 2, *leaves[1:]))
@@ -326,10 +326,35 @@ class TestSigLipLoss:
         assert list(output) == ["contrastive_loss"]
         assert torch.equal(output["contrastive_loss"], module(*leaves))
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+    def test_blocks_have_no_more_logits_than_chunk_size_asks_for(self, dtype, device, monkeypatch):
+        """In bytes of their dtype, which under autocast is not that of the features."""
+        given = []
+
+        def loss(*_, chunk_bytes):
+            given.append(chunk_bytes)
+            return torch.zeros(())
+
+        monkeypatch.setattr("fused_bce.siglip.pairwise_sigmoid_loss", loss)
+        features = [t.detach() for t in draw((12, 12), device, dtype)[:2]]
+        SigLipLoss(chunk_size=5)(*features, 1.0)
+        with torch.autocast(device, torch.bfloat16):
+            SigLipLoss(chunk_size=5)(*features, 1.0)
+        SigLipLoss()(*features, 1.0)
+        assert given == [5 * 12 * dtype.itemsize, 5 * 12 * 2, None]
+
+    def test_needs_a_group(self):
+        with pytest.raises(RuntimeError, match="over 2 processes needs"):
+            SigLipLoss(world_size=2)(ONES, ONES, 1.0)
+
     def test_constructor(self):
         """open_clip's, in its order."""
         module = SigLipLoss(True, 1, 4, "shift", 128)
-        assert repr(module) == "SigLipLoss(rank=1, world_size=4, dist_impl='shift')"
+        assert module.cache_labels
+        assert repr(module) == (
+            "SigLipLoss(rank=1, world_size=4, dist_impl='shift', chunk_size=128)"
+        )
+        assert not SigLipLoss().cache_labels
         assert SigLipLoss().dist_impl == "bidir"
         with pytest.raises(ValueError, match="dist_impl must be one of"):
             SigLipLoss(dist_impl="ring")
