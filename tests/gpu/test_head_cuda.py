@@ -5,7 +5,7 @@ import torch
 from common import DEVICE, capture, no_synchronisation, sync_debug_mode
 from helpers import FLOATS, dtype_name, why_no_cuda
 
-from fused_bce import SparseTarget
+from fused_bce import SigLipLoss, SparseTarget
 from fused_bce.functional import linear_binary_cross_entropy_with_logits as head
 from fused_bce.functional import pairwise_sigmoid_loss
 
@@ -88,17 +88,56 @@ def test_graph_of_a_head():
     assert_near(got, in_float64(leaves, CALLS["padded"](labels)), torch.float32)
 
 
-@sync_debug_mode
-@by_dtype
-def test_pairs_wait_for_nothing(dtype):
+def pairs(dtype):
     input1, input2, _ = operands(dtype)
     numbers = [torch.tensor(n, device=DEVICE, dtype=dtype).requires_grad_() for n in (3.0, -2.0)]
-    leaves = (input1, input2, *numbers)
+    return [input1, input2, *numbers]
 
-    def step(leaves):
-        loss = pairwise_sigmoid_loss(*leaves)
-        return loss, *torch.autograd.grad(loss, leaves)
 
+def step_of_pairs(leaves, loss=pairwise_sigmoid_loss):
+    value = loss(*leaves)
+    differentiable = [t for t in leaves if isinstance(t, torch.Tensor) and t.requires_grad]
+    return value, *torch.autograd.grad(value, differentiable)
+
+
+def step_of_pairs_in_float64(leaves):
+    wide = [
+        t.detach().cpu().double().requires_grad_(t.requires_grad)
+        if isinstance(t, torch.Tensor)
+        else t
+        for t in leaves
+    ]
+    return step_of_pairs(wide)
+
+
+@sync_debug_mode
+@by_dtype
+@pytest.mark.parametrize("numbers", ["on the device", "of Python", "on the CPU"])
+def test_pairs_wait_for_nothing(numbers, dtype):
+    leaves = pairs(dtype)
+    if numbers != "on the device":
+        leaves[2:] = (3.0, -2.0) if numbers == "of Python" else map(torch.tensor, (3.0, -2.0))
     with no_synchronisation():
-        got = step(leaves)
-    assert_near(got, step([t.detach().cpu().double().requires_grad_() for t in leaves]), dtype)
+        got = step_of_pairs(leaves)
+    assert_near(got, step_of_pairs_in_float64(leaves), dtype)
+
+
+LOSSES = {"function": pairwise_sigmoid_loss, "module": SigLipLoss(chunk_size=16)}
+
+
+@pytest.mark.parametrize("numbers", ["on the device", "of Python"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_graph_of_pairs(name, numbers):
+    leaves = pairs(torch.float32)
+    if numbers == "of Python":
+        leaves[2:] = 3.0, -2.0
+    graph, got = capture(lambda: step_of_pairs(leaves, LOSSES[name]))
+    with torch.no_grad():
+        leaves[0].normal_()
+        leaves[1].normal_()
+        if numbers == "on the device":
+            leaves[2].fill_(2.0)
+            leaves[3].fill_(-3.0)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_near(got, step_of_pairs_in_float64(leaves), torch.float32)
