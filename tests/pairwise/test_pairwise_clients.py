@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import assert_double_close
+from torch.nn.functional import normalize
 
 import fused_bce
 from fused_bce.functional import pairwise_sigmoid_loss
@@ -53,7 +54,8 @@ class Loader(list):
 
 
 @pytest.mark.parametrize("accum_freq", [1, 3], ids=["each batch", "three accumulated"])
-def test_training_loop_of_open_clip(accum_freq):
+def test_training_loop_of_open_clip(accum_freq, monkeypatch):
+    """Adopted by the line that docs/pairwise.md has."""
     open_clip = pytest.importorskip("open_clip")
     training = pytest.importorskip("open_clip_train.train")
     arguments = SimpleNamespace(
@@ -61,6 +63,9 @@ def test_training_loop_of_open_clip(accum_freq):
         precision="fp32",
         distill=False,
         accum_freq=accum_freq,
+        model="ViT-B-16-SigLIP",
+        siglip=True,
+        loss_dist_impl=None,
         skip_scheduler=True,
         horovod=False,
         grad_clip_norm=None,
@@ -72,14 +77,18 @@ def test_training_loop_of_open_clip(accum_freq):
     )
     data = {"train": SimpleNamespace(set_epoch=lambda _: None, dataloader=Loader(batches()))}
 
-    def train(loss):
+    def train():
+        loss = open_clip.create_loss(arguments)
         model = tiny_clip(open_clip)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         training.train_one_epoch(model, data, loss, 0, optimizer, None, None, None, arguments)
-        return model.state_dict()
+        return type(loss), model.state_dict()
 
     before = tiny_clip(open_clip).state_dict()
-    theirs, ours = train(open_clip.loss.SigLipLoss()), train(fused_bce.SigLipLoss())
+    their_type, theirs = train()
+    monkeypatch.setattr(open_clip.factory, "SigLipLoss", fused_bce.SigLipLoss)
+    our_type, ours = train()
+    assert (their_type, our_type) == (open_clip.loss.SigLipLoss, fused_bce.SigLipLoss)
     for name, want in theirs.items():
         assert_double_close(ours[name], want)
     assert not torch.equal(theirs["logit_bias"], before["logit_bias"])
@@ -99,15 +108,17 @@ def test_siglip_of_transformers():
         model.logit_scale.fill_(math.log(10))
         model.logit_bias.fill_(-10)
     images, texts = batches()[0]
-    outputs = model(input_ids=texts, pixel_values=images, return_loss=True)
+    image = model.get_image_features(pixel_values=images).pooler_output
+    text = model.get_text_features(input_ids=texts).pooler_output
     ours = pairwise_sigmoid_loss(
-        outputs.text_embeds, outputs.image_embeds, model.logit_scale.exp(), model.logit_bias
+        normalize(text), normalize(image), model.logit_scale.exp(), model.logit_bias
     )
-    assert_double_close(ours, outputs.loss)
+    theirs = model(input_ids=texts, pixel_values=images, return_loss=True).loss
+    assert_double_close(ours, theirs)
     parameters = [*model.parameters()]
-    theirs = torch.autograd.grad(outputs.loss, parameters, retain_graph=True, allow_unused=True)
-    for got, want in zip(
-        torch.autograd.grad(ours, parameters, allow_unused=True), theirs, strict=True
-    ):
-        if want is not None:
-            assert_double_close(got, want)
+    expected = torch.autograd.grad(theirs, parameters, allow_unused=True)
+    got = torch.autograd.grad(ours, parameters, allow_unused=True)
+    for our_grad, their_grad in zip(got, expected, strict=True):
+        assert (our_grad is None) == (their_grad is None)
+        if our_grad is not None:
+            assert_double_close(our_grad, their_grad)
