@@ -232,7 +232,7 @@ def _target(positives, input1: Tensor, input2: Tensor) -> SparseTarget:
             )
         positives.check()
         return positives
-    if not isinstance(positives, str | None):
+    if positives is not None and not isinstance(positives, str):
         raise TypeError(
             f"positives must be 'diagonal', a SparseTarget or None, not {type(positives).__name__}"
         )

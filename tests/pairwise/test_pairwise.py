@@ -152,6 +152,10 @@ def test_compiled(device):
     leaves = draw((12, 7), device)
     compiled = torch.compile(pairwise_sigmoid_loss, backend="aot_eager", fullgraph=True)
     assert max(errors(evaluate(compiled, leaves), exact(leaves))) <= 1e-13
+    features = [t.detach() for t in leaves[:2]]
+    for numbers in ((3.0, -2.0), (4.0, -3.0), (5, -4)):
+        want = pairwise_sigmoid_loss(*features, *numbers).item()
+        assert compiled(*features, *numbers).item() == pytest.approx(want, rel=1e-13)
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=dtype_name)
