@@ -27,7 +27,7 @@ constexpr std::array kGrads = {"grad_input", "grad_weight", "grad_bias"};
 
 Tensor target_matrix(const LinearOperands& o) {
   const int64_t rows = o.input.size(0), labels = o.linear_weight.size(0);
-  return TargetBlocks(o, rows * labels).block({0, rows}, {0, labels});
+  return TargetBlocks(o, rows, labels).block({0, rows}, {0, labels});
 }
 
 LinearOperands counted(const LinearOperands& given) {

@@ -105,7 +105,7 @@ class LinearLossCall {
   }
 
   LinearLoss run() {
-    TargetBlocks target(o_, block_rows_ * block_labels_);
+    TargetBlocks target(o_, block_rows_, block_labels_);
     // Labels outside, so that a block of the weight is cast once, and that of its gradient is
     // complete before the next.
     for_ranges(labels_, block_labels_, [&](Range labels, bool first_labels) {

@@ -11,20 +11,24 @@ struct Range {
 
 class TargetBlocks {
  public:
-  // Blocks have at most so many elements.
-  TargetBlocks(const LinearOperands& operands, int64_t most_elements);
+  // Blocks have at most so many rows and labels.
+  TargetBlocks(const LinearOperands& operands, int64_t block_rows, int64_t block_labels);
 
   // Valid until the next call.
   at::Tensor block(Range rows, Range labels);
 
  private:
   at::Tensor sparse_block(Range rows, Range labels);
-  // The positives among which all of these labels are
-  Range candidates(Range labels) const;
+  // The positives among which all of this block are
+  Range candidates(Range rows, Range labels) const;
 
   at::Tensor dense_;
-  // Of each positive; sorted by label on the CPU, where the host finds those of a block.
+  // Of each positive, in int32 where that holds all rows and labels
   at::Tensor labels_, rows_, values_;
+  // What a block's positives are found by on the CPU, where the host can look: in the order of the
+  // labels, or of the rows, as they came; else each block looks at all of them.
+  bool by_label_ = false, by_row_ = false;
+  at::Tensor offsets_;
   at::Tensor buffer_;  // all 0 but at written_; its last element is nobody's
   at::Tensor written_;
 };

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from head_cases import by_head_dtype
 from memory import bytes_of
 
 from fused_bce import SparseTarget
@@ -48,6 +49,70 @@ def test_autocast_casts_blocks_of_the_weight(device):
 
     gradients = 4 * (input.numel() + weight.numel())
     assert bytes_of(step, device).peak - gradients <= 4 * weight.numel() / 10
+
+
+@by_head_dtype
+@pytest.mark.parametrize("shape", [(256, 256, 16384), (16, 128, 32768), (8192, 16, 512)], ids=str)
+def test_what_is_held(shape, dtype, device):
+    """Beyond the gradients: a block of logits and one of bool, whatever the sizes."""
+    chunk_bytes = 2**19
+    input, weight, target = operands(shape, device, dtype)
+
+    def step():
+        head(input, weight, target, chunk_bytes=chunk_bytes).backward()
+
+    bits = torch.finfo(dtype).bits
+    blocks = 1 + 8 / bits
+    beside = 28 * target.indices.numel() + 8 * shape[2]  # and some numbers for each label
+    if bits == 16:
+        # Widened on the CPU: of both factors of three products, and the sum of one of them
+        blocks = 6
+        beside += 2 * 4 * input.numel()
+    gradients = bits // 8 * (input.numel() + weight.numel())
+    if device == "cuda":
+        beside *= 4  # nothing is sorted there
+    assert bytes_of(step, device).peak - gradients <= blocks * chunk_bytes + beside
+
+
+@pytest.mark.parametrize("values", [False, True], ids=["ones", "values"])
+@pytest.mark.parametrize("size", [(256, 16384), (16384, 256), (2048, 2049)], ids=str)
+def test_bytes_of_a_positive(size, values, device):
+    """On the CPU they are sorted by label, where that is of use: 4 bytes for labels in int32 and
+    for rows each, and 20 that torch's sort takes."""
+    rows, labels = size
+    input = torch.randn(rows, 2, device=device)
+    weight = torch.randn(labels, 2, device=device)
+
+    def peak(number):
+        padded = torch.randint(labels, (rows, number // rows), device=device)
+        target = SparseTarget.from_padded(padded, labels)
+        if values:
+            target = target._replace(values=torch.rand(target.indices.shape, device=device))
+        return bytes_of(lambda: head(input, weight, target, chunk_bytes=2**18), device).peak
+
+    # The blocks hold as much of both.
+    assert peak(2**19) - peak(2**18) <= (28 if device == "cpu" else 80) * 2**18
+
+
+@pytest.mark.parametrize("size", [(8, 2000), (2000, 8), (256, 256)], ids=str)
+def test_a_block_looks_at_its_own_positives(size):
+    """Else many blocks would take the square of the time. Where rows and labels are split, each
+    part of the labels looks at all positives of a part of the rows, or the other way round."""
+    rows, labels = size
+    input, weight = torch.randn(rows, 2), torch.randn(labels, 2)
+    target = SparseTarget.from_padded(torch.randint(labels, (rows, 5)), labels)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        head(input, weight, target, chunk_bytes=4096)
+    # Written to the block, and taken out again
+    numbers = [
+        shape[0]
+        for event in profile.events()
+        if event.name == "aten::index_fill_"
+        for shape in [event.input_shapes[2]]
+    ]
+    parts = 8 if rows == labels else 1
+    assert len(numbers) > parts
+    assert 5 * rows <= sum(numbers) <= 2 * parts * 5 * rows
 
 
 def test_hooks_hold_no_gradient(device):
