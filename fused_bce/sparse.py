@@ -1,5 +1,6 @@
 """Targets of which nearly all are 0, as rows of label numbers."""
 
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -7,8 +8,21 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils import _pytree as pytree
+
+# What a loss takes
+FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
+TARGETS = FLOATS | INTEGERS | {torch.bool}
 
 _LABELS = (torch.int32, torch.int64)
+_SPARSE = (
+    torch.sparse_coo,
+    torch.sparse_csr,
+    torch.sparse_csc,
+    torch.sparse_bsr,
+    torch.sparse_bsc,
+)
 
 
 class SparseTarget(NamedTuple):
@@ -51,13 +65,15 @@ class SparseTarget(NamedTuple):
         in a row they are. Waits for no GPU.
 
         Raises:
-            TypeError: for indices that are not of integers.
+            TypeError: for indices that are no tensor of integers.
             ValueError: for indices that are no matrix.
         """
+        num_labels = _count("num_labels", num_labels)
         _check_integers("indices", indices)
         if indices.dim() != 2:
             raise ValueError(f"indices must be of shape (N, K), not {tuple(indices.shape)}")
-        kept = indices != padding_value
+        # In uint8, -1 would be 255.
+        kept = indices.to(torch.int64) != _integer("padding_value", padding_value)
         flat = kept.flatten()
         # All padding to one place at the end, which is left out: a mask would have a length to wait
         # for.
@@ -74,28 +90,52 @@ class SparseTarget(NamedTuple):
         *,
         device: torch.device | str | None = None,
     ) -> "SparseTarget":
-        """From the label numbers of each row."""
+        """From the label numbers of each row.
+
+        Raises:
+            TypeError: for labels that are not integers, as in a row of 0 and 1 for all labels.
+        """
+        num_labels = _count("num_labels", num_labels)
         rows = list(rows)
-        labels = torch.tensor([label for row in rows for label in row], dtype=torch.int64)
-        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-        return cls(labels.to(device), _offsets(lengths).to(device), num_labels)
+        flat = [label for row in rows for label in row]
+        for kind in set(map(type, flat)):
+            if issubclass(kind, bool) or not hasattr(kind, "__index__"):
+                raise TypeError(f"labels must be integers, not of {kind.__name__}")
+        # Tensors of one number are of any dtype.
+        labels = torch.tensor(flat, device="cpu") if flat else torch.empty(0, device="cpu").long()
+        _check_integers("labels", labels)
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64, device="cpu")
+        device = torch.empty(0, device=device).device
+        return cls(labels.long().to(device), _offsets(lengths).to(device), num_labels)
 
     @classmethod
     def from_csr(cls, matrix: Any) -> "SparseTarget":
         """From a matrix (N, C) of scipy.sparse, or a tensor of layout torch.sparse_csr. What it
-        stores are the targets.
+        stores are the targets; values that are all 1 are left out, where the host can read them.
+
+        Entries of SciPy that occur twice are added up, as by ``toarray``. In a tensor torch forbids
+        them (``check_invariants``); here they would count once, as the largest.
 
         Raises:
-            TypeError: for anything else.
+            TypeError: for anything else, and for values of a dtype that no loss takes.
+            ValueError: for batches of matrices, and for matrices of vectors.
         """
         if isinstance(matrix, Tensor) and matrix.layout is torch.sparse_csr:
-            labels, offsets, values = matrix.col_indices(), matrix.crow_indices(), matrix.values()
+            target = _of_csr(matrix)
         elif not isinstance(matrix, Tensor) and hasattr(matrix, "tocsr"):
+            if len(matrix.shape) != 2:
+                raise ValueError(f"expected a matrix (N, C), not of shape {matrix.shape}")
             csr = matrix.tocsr()
-            labels, offsets, values = map(torch.as_tensor, (csr.indices, csr.indptr, csr.data))
+            if not csr.has_canonical_format:
+                csr = csr.copy()
+                csr.sum_duplicates()
+            # Copies: it may be written to, or be read-only, which torch warns of.
+            labels, offsets, values = map(torch.tensor, (csr.indices, csr.indptr, csr.data))
+            target = cls(labels, offsets.to(torch.int64), int(matrix.shape[1]), values)
         else:
             raise TypeError(f"expected a CSR matrix of scipy or torch, not {type(matrix).__name__}")
-        return cls(labels, offsets.to(torch.int64), matrix.shape[1], _other_than_ones(values))
+        target.check_structure()
+        return _without_ones(target)
 
     @classmethod
     def from_coo(
@@ -108,11 +148,12 @@ class SparseTarget(NamedTuple):
         """From the row and the label number of each target, (P,) each, in any order.
 
         Raises:
-            TypeError: for rows or columns that are not of integers.
+            TypeError: for rows or columns that are no tensors of integers, and values that are no
+                tensor of a dtype that a loss takes.
             ValueError: if they are no vectors of the same length.
-            IndexError: on the CPU, for a row out of range.
+            IndexError: for a row out of range; on a GPU it is a device-side assertion.
         """
-        num_rows, num_labels = shape
+        num_rows, num_labels = (_count("sizes in shape", size) for size in shape)
         _check_integers("rows", rows)
         _check_integers("columns", columns)
         if rows.dim() != 1 or rows.shape != columns.shape:
@@ -120,20 +161,31 @@ class SparseTarget(NamedTuple):
                 f"rows and columns must be vectors of the same length, not of shapes "
                 f"{tuple(rows.shape)} and {tuple(columns.shape)}"
             )
-        if _readable(rows) and rows.numel():
-            _check_range("row", int(rows.min()), int(rows.max()), num_rows)
+        if values is not None:
+            _check_tensor("values", values)
+            if values.shape != rows.shape:
+                raise ValueError(
+                    f"values must be as many as rows, {len(rows)}, not {_what(values)}"
+                )
+        if _readable(rows):
+            if rows.numel():
+                _check_range("row", int(rows.min()), int(rows.max()), num_rows)
+        elif _assertable(rows):
+            torch._assert_async(((rows >= 0) & (rows < num_rows)).all(), "a row is out of range")
         rows, order = rows.to(torch.int64).sort(stable=True)
         starts = torch.arange(num_rows + 1, device=rows.device)
         offsets = torch.searchsorted(rows, starts)
         columns = columns[order].to(_labels_dtype(columns))
         values = None if values is None else values[order]
-        return cls(columns, offsets, num_labels, values)
+        target = cls(columns, offsets, num_labels, values)
+        target.check_structure()
+        return target
 
     @classmethod
     def identity(cls, n: int, *, device: torch.device | str | None = None) -> "SparseTarget":
         """Row i has label i alone: the target of a batch of pairs."""
-        labels = torch.arange(n + 1, device=device)
-        return cls(labels[:-1], labels, n)
+        n = _count("n", n)
+        return cls(torch.arange(n, device=device), torch.arange(n + 1, device=device), n)
 
     @property
     def shape(self) -> torch.Size:
@@ -141,7 +193,13 @@ class SparseTarget(NamedTuple):
         return torch.Size((self.offsets.shape[0] - 1, self.num_labels))
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "SparseTarget":
-        """The same on another device."""
+        """The same on another device.
+
+        Raises:
+            TypeError: for a dtype: labels are int32 or int64, offsets int64.
+        """
+        if not isinstance(device, torch.device | str | int):
+            raise TypeError(f"a SparseTarget goes to a device, not to {device!r}")
         return SparseTarget(
             self.indices.to(device, non_blocking=non_blocking),
             self.offsets.to(device, non_blocking=non_blocking),
@@ -169,11 +227,17 @@ class SparseTarget(NamedTuple):
         places = torch.where(inside, rows * num_labels + self.indices, size - 1)
         if self.values is None:
             dense = torch.zeros(size, dtype=torch.bool, device=self.indices.device)
-            dense = dense.index_fill(0, places, 1)
+            dense = (
+                dense.index_fill(0, places, 1) if _in_graph() else dense.index_fill_(0, places, 1)
+            )
             return dense[:-1].view(num_rows, num_labels)
         # Of bool there is no maximum.
         values = self.values.to(torch.promote_types(self.values.dtype, torch.uint8))
-        dense = values.new_zeros(size).scatter_reduce(0, places, values, "amax", include_self=False)
+        dense = values.new_zeros(size)
+        # In place where that is nobody's affair, for there would be two of it.
+        functional = _in_graph() or values.requires_grad
+        scatter = dense.scatter_reduce if functional else dense.scatter_reduce_
+        dense = scatter(0, places, values, "amax", include_self=False)
         return dense[:-1].view(num_rows, num_labels).to(self.values.dtype)
 
     def like_dense(self) -> Tensor:
@@ -184,21 +248,46 @@ class SparseTarget(NamedTuple):
 
     def check(self) -> None:
         """Raises what the losses raise for it: see the class."""
-        indices, offsets, _, values = self
+        self.check_structure()
+        if _readable(self.indices):
+            self._check_numbers()
+        elif _assertable(self.indices):
+            self._assert_numbers()
+
+    def check_structure(self) -> None:
+        """The same for all but the numbers."""
+        indices, offsets, num_labels, values = self
         if not isinstance(indices, Tensor) or indices.dtype not in _LABELS or indices.dim() != 1:
             raise TypeError(f"indices must be a vector of int32 or int64, not {_what(indices)}")
         if not isinstance(offsets, Tensor) or offsets.dtype != torch.int64 or offsets.dim() != 1:
             raise TypeError(f"offsets must be a vector of int64, not {_what(offsets)}")
+        if not _is_int(num_labels):
+            raise TypeError(f"num_labels must be an integer, not {num_labels!r}")
+        if values is not None:
+            _check_tensor("values", values)
+            if values.dtype not in TARGETS:
+                raise TypeError(f"values must be of a dtype that a loss takes, not {values.dtype}")
+        if torch.jit.is_tracing():
+            return  # which would make constants of the answers, and warn
+        if num_labels < 0:
+            raise ValueError(f"num_labels must not be negative, as {num_labels}")
         if offsets.shape[0] == 0:
             raise ValueError("offsets must have one number more than there are rows, hence one")
-        if values is not None and (not isinstance(values, Tensor) or values.shape != indices.shape):
+        if values is not None and values.shape != indices.shape:
             raise TypeError(f"values must be as many as indices, not {_what(values)}")
-        if isinstance(indices, FakeTensor) or indices.is_meta:
-            return
-        if _readable(indices):
-            self._check_numbers()
-        else:
-            self._assert_numbers()
+        for name, t in (("offsets", offsets), ("values", values)):
+            if t is not None and t.device != indices.device:
+                raise RuntimeError(f"indices are on {indices.device}, but {name} on {t.device}")
+
+    def read_values(self) -> Tensor | None:
+        """The values, with 0 for those that no row has."""
+        if self.values is None:
+            return None
+        return self.values.masked_fill(self._unread(), 0)
+
+    def _unread(self) -> Tensor:
+        places = torch.arange(self.indices.shape[0], device=self.indices.device)
+        return places >= self.offsets[-1]
 
     def _check_numbers(self) -> None:
         first, last = int(self.offsets[0]), int(self.offsets[-1])
@@ -223,23 +312,51 @@ class SparseTarget(NamedTuple):
         ascend = (offsets.diff() >= 0).all() & (offsets[0] == 0)
         torch._assert_async(ascend & (offsets[-1] <= indices.shape[0]), "bad offsets")
         inside = (indices >= 0) & (indices < self.num_labels)
-        unread = torch.arange(indices.shape[0], device=indices.device) >= offsets[-1]
-        torch._assert_async((inside | unread).all(), "a label is out of range")
+        torch._assert_async((inside | self._unread()).all(), "a label is out of range")
+
+
+torch.serialization.add_safe_globals([SparseTarget])
+if hasattr(pytree, "_register_namedtuple"):  # for torch.export.save
+    pytree._register_namedtuple(SparseTarget, serialized_type_name="fused_bce.SparseTarget")
 
 
 def as_sparse(target: Tensor | SparseTarget) -> Tensor | SparseTarget:
-    """The same, but that a sparse tensor becomes a SparseTarget."""
-    if not isinstance(target, Tensor):
+    """The same, but that a sparse tensor becomes a SparseTarget. It keeps its values, also if all
+    are 1: dtypes must not depend on numbers.
+    """
+    if not isinstance(target, Tensor) or (layout := _layout(target)) not in _SPARSE:
         return target
-    layout = _layout(target)
     if layout is torch.sparse_csr:
-        return SparseTarget.from_csr(target)
-    if layout is torch.sparse_coo and target.dim() == 2:
-        target = target.coalesce()
-        rows, columns = target.indices()
-        num_rows, num_labels = target.shape
-        return SparseTarget.from_coo(rows, columns, (num_rows, num_labels), target.values())
-    return target
+        sparse = _of_csr(target)
+        sparse.check_structure()
+        return sparse
+    if layout is not torch.sparse_coo:
+        raise TypeError(f"target must be of layout torch.sparse_csr or sparse_coo, not {layout}")
+    _check_matrix(target)
+    target = target.coalesce()
+    rows, columns = target.indices()
+    num_rows, num_labels = target.shape
+    return SparseTarget.from_coo(rows, columns, (num_rows, num_labels), _values_of(target))
+
+
+def _of_csr(matrix: Tensor) -> SparseTarget:
+    _check_matrix(matrix)
+    offsets = matrix.crow_indices().to(torch.int64)
+    return SparseTarget(matrix.col_indices(), offsets, matrix.shape[1], _values_of(matrix))
+
+
+def _values_of(matrix: Tensor) -> Tensor:
+    # Not a view of a sparse tensor: torch.compile, which leaves those out of its graphs, fails on
+    # views of them.
+    return matrix.values().clone()
+
+
+def _check_matrix(matrix: Tensor) -> None:
+    if matrix.dim() != 2 or matrix.dense_dim() != 0:
+        raise ValueError(
+            f"a sparse target must be a matrix (N, C) of numbers, not of shape "
+            f"{tuple(matrix.shape)} with {matrix.dense_dim()} dense dimensions"
+        )
 
 
 def _layout(target: Tensor) -> torch.layout:
@@ -257,18 +374,56 @@ def _labels_dtype(labels: Tensor) -> torch.dtype:
     return labels.dtype if labels.dtype in _LABELS else torch.int64
 
 
-def _other_than_ones(values: Tensor) -> Tensor | None:
-    return None if _readable(values) and bool((values == 1).all()) else values
+def _without_ones(target: SparseTarget) -> SparseTarget:
+    values = target.values
+    ones = values is not None and _readable(values) and bool((values == 1).all())
+    return target._replace(values=None) if ones else target
+
+
+def _in_graph() -> bool:
+    return torch.compiler.is_compiling() or get_proxy_mode() is not None
 
 
 def _readable(t: Tensor) -> bool:
     """Whether the host has its numbers at hand, and no graph is made."""
-    if torch.compiler.is_compiling() or get_proxy_mode() is not None:
+    if _in_graph() or torch.jit.is_tracing():
         return False
     return t.is_cpu and not isinstance(t, FakeTensor)
 
 
+def _assertable(t: Tensor) -> bool:
+    """Whether it has numbers later: on its device, or in the graph that is made."""
+    if _in_graph():
+        return True
+    return not (torch.jit.is_tracing() or t.is_meta or isinstance(t, FakeTensor))
+
+
+def _is_int(n: object) -> bool:
+    return isinstance(n, int | torch.SymInt) and not isinstance(n, bool)
+
+
+def _integer(name: str, n: int) -> int:
+    if _is_int(n):
+        return n
+    if isinstance(n, bool) or not hasattr(n, "__index__"):
+        raise TypeError(f"{name} must be an integer, not {n!r}")
+    return operator.index(n)
+
+
+def _count(name: str, n: int) -> int:
+    n = _integer(name, n)
+    if not torch.jit.is_tracing() and n < 0:
+        raise ValueError(f"{name} must not be negative, as {n}")
+    return n
+
+
+def _check_tensor(name: str, t: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {_what(t)}")
+
+
 def _check_integers(name: str, t: Tensor) -> None:
+    _check_tensor(name, t)
     if t.is_floating_point() or t.is_complex() or t.dtype is torch.bool:
         raise TypeError(f"{name} must be of integers, not {t.dtype}")
 
@@ -280,4 +435,4 @@ def _check_range(name: str, lowest: int, highest: int, size: int) -> None:
 
 
 def _what(t: object) -> str:
-    return f"of {t.dtype} and shape {tuple(t.shape)}" if isinstance(t, Tensor) else repr(type(t))
+    return f"of {t.dtype} and shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
