@@ -37,8 +37,9 @@ inline at::Tensor count_kept(const at::Tensor& target, OptionalIndex, bool) {
 
 inline void scale_(at::Tensor&, const at::Tensor&, bool) {}
 
-inline LinearLoss linear_loss(const LinearOperands& o, Wanted wanted, const OptionalTensor&) {
-  check_linear(o);
+inline LinearLoss linear_loss(const LinearOperands& o, Wanted wanted,
+                              const OptionalTensor& grad_loss) {
+  check_linear(o, grad_loss);
   const auto options = o.input.options();
   const auto sum = [&](bool of, const at::Tensor& like) {
     const auto wide = options.dtype(o.wide_dtype());

@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fused_bce.reference import is_ignored
 from fused_bce.registrations import constant_in_graphs
+from fused_bce.sparse import FLOATS, SparseTarget
 
 _MOST_IGNORED = 2**24  # float32 holds all integers up to there
 
@@ -40,7 +41,12 @@ def _check_exponent(name: str, gamma: float) -> None:
         raise ValueError(f"{name} must lie in [0, 1e6], not be {gamma}")
 
 
-def check_ignore_index(ignore_index: object, target: Tensor) -> int | float:
+def check_no_ignore_index(ignore_index: object) -> None:
+    if ignore_index is not None:
+        raise ValueError("ignore_index goes with dense targets: leave a label out instead")
+
+
+def check_ignore_index(ignore_index: object, target: Tensor | None) -> int | float:
     """The same as an int, or as a float if it is nan."""
     if isinstance(ignore_index, Real) and ignore_index != ignore_index:
         if isinstance(target, Tensor) and not target.is_floating_point():
@@ -69,6 +75,109 @@ def _holds(dtype: torch.dtype, value: int) -> bool:
         odd_part = value // (value & -value) if value else 0
         return abs(odd_part) < 2 / info.eps and abs(value) <= info.max
     return torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max
+
+
+def check_linear_operands(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor | SparseTarget,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+) -> None:
+    """Raises what a linear layer and the loss of its logits raise, whoever computes them, but for
+    the numbers of a target."""
+    if isinstance(target, SparseTarget):
+        target.check_structure()
+    elif not isinstance(target, Tensor):
+        raise TypeError(f"target must be a SparseTarget or a tensor, not {type(target).__name__}")
+    operands = {
+        "input": input,
+        "linear_weight": linear_weight,
+        "linear_bias": linear_bias,
+        "weight": weight,
+        "pos_weight": pos_weight,
+    }
+    for name, t in operands.items():
+        optional = name not in ("input", "linear_weight")
+        if not (isinstance(t, Tensor) or (optional and t is None)):
+            raise TypeError(f"{name} must be a tensor, not {type(t).__name__}")
+    if torch.jit.is_tracing():
+        return  # which would make constants of the answers, and warn
+    if linear_weight.dim() != 2:
+        raise RuntimeError(f"linear_weight must be of shape (C, F), not {_size(linear_weight)}")
+    num_labels, features = linear_weight.shape
+    if input.dim() == 0 or input.shape[-1] != features:
+        raise RuntimeError(
+            f"input must be of shape (*, {features}), as linear_weight has it, not {_size(input)}"
+        )
+    if linear_bias is not None and tuple(linear_bias.shape) != (num_labels,):
+        raise RuntimeError(
+            f"linear_bias must be of shape ({num_labels},), not {_size(linear_bias)}"
+        )
+    rows = 1
+    for size in input.shape[:-1]:  # not numel, which fixes the sizes in a graph
+        rows = rows * size
+    _check_target_size(input, num_labels, rows, target)
+    for name, t in (("weight", weight), ("pos_weight", pos_weight)):
+        if t is not None:
+            _check_weight_size(name, t, rows, num_labels)
+    _check_linear_dtypes(input, linear_weight, linear_bias)
+
+
+def _check_target_size(
+    input: Tensor, num_labels: int, rows: int, target: Tensor | SparseTarget
+) -> None:
+    if isinstance(target, SparseTarget):
+        if target.offsets.shape[0] - 1 != rows or target.num_labels != num_labels:
+            raise ValueError(
+                f"Target size ({tuple(target.shape)}) must be that of the logits "
+                f"({(rows, num_labels)})"
+            )
+        return
+    logits_size = (*input.shape[:-1], num_labels)
+    if tuple(target.shape) != logits_size:
+        hint = ""
+        if not target.is_floating_point() and target.shape[:-1] == input.shape[:-1]:
+            hint = "; label numbers become a target by SparseTarget.from_padded"
+        raise ValueError(
+            f"Target size ({_size(target)}) must be that of the logits ({logits_size}){hint}"
+        )
+
+
+def _check_weight_size(name: str, weight: Tensor, rows: int, num_labels: int) -> None:
+    size = _size(weight)
+    of_labels = len(size) <= 1 or (len(size) == 2 and size[0] == 1)
+    if of_labels and (len(size) == 0 or size[-1] == 1 or size[-1] == num_labels):
+        return
+    if len(size) == 2 and size[1] == 1 and size[0] == rows:
+        return
+    raise RuntimeError(
+        f"{name} has shape {list(size)}, but must be one number, one for each of {num_labels} "
+        f"labels, or of shape ({rows}, 1), one for each row: there is no matrix of logits that it "
+        "could weight"
+    )
+
+
+def _check_linear_dtypes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    if input.dtype not in FLOATS:
+        raise NotImplementedError(
+            f"input must be float16, bfloat16, float32 or float64, not {input.dtype}"
+        )
+    for name, t in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if t is not None and t.dtype is not input.dtype and not _autocast_casts(input, t):
+            raise RuntimeError(f"input has dtype {input.dtype} but {name} {t.dtype}")
+
+
+def _autocast_casts(*operands: Tensor) -> bool:
+    device = operands[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return False
+    return all(t.is_floating_point() and t.dtype is not torch.float64 for t in operands)
+
+
+def _size(t: Tensor) -> tuple[int, ...]:
+    return tuple(t.shape)
 
 
 def check_targets(target: Tensor, ignore_index: int | float | None) -> None:

@@ -13,14 +13,15 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fused_bce import _C
+from fused_bce.checks import check_linear_operands
 from fused_bce.registrations import constant_in_graphs, ensure_sharding
+from fused_bce.sparse import FLOATS as _FLOATS
+from fused_bce.sparse import INTEGERS as _INTEGERS
+from fused_bce.sparse import TARGETS as _TARGETS
 from fused_bce.sparse import SparseTarget, as_sparse
 
 logger = logging.getLogger("fused_bce")
 
-_FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
-_INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
-_TARGETS = _FLOATS | _INTEGERS | {torch.bool}
 _WEIGHTS = _FLOATS | _INTEGERS | {torch.bool}
 _POS_WEIGHTS = _FLOATS | _INTEGERS
 
@@ -74,13 +75,17 @@ def why_not_fused(
         >>> why_not_fused(torch.zeros(3), torch.zeros(3, dtype=torch.complex64))
         'target has dtype torch.complex64'
     """
-    if linear_weight is not None:
-        return why_not_linear(
-            input, linear_weight, linear_bias, as_sparse(target), weight, pos_weight
-        )
-    target = as_sparse(target)
-    if isinstance(target, SparseTarget):
-        target = target.like_dense()
+    try:
+        target = as_sparse(target)
+        if linear_weight is not None:
+            operands = input, linear_weight, linear_bias, target, weight, pos_weight
+            check_linear_operands(*operands)
+            return why_not_linear(*operands)
+        if isinstance(target, SparseTarget):
+            target.check_structure()
+            target = target.like_dense()
+    except (TypeError, ValueError, RuntimeError) as error:
+        return str(error)
     return why_not_dense(input, target, weight, pos_weight)
 
 

@@ -10,7 +10,13 @@ from torch.fx import Proxy
 from torch.overrides import handle_torch_function
 
 from fused_bce import reference
-from fused_bce.checks import check_ignore_index, check_label_smoothing, check_targets
+from fused_bce.checks import (
+    check_ignore_index,
+    check_label_smoothing,
+    check_linear_operands,
+    check_no_ignore_index,
+    check_targets,
+)
 from fused_bce.dispatch import are_shards, log_once, why_not_linear
 from fused_bce.scalars import (
     batch_size_operand,
@@ -48,8 +54,8 @@ def linear_binary_cross_entropy_with_logits(
     Args:
         input: (N, F), (F,) or (\\*, F), float16, bfloat16, float32 or float64.
         linear_weight: (C, F), of the same dtype but under autocast.
-        target: :class:`fused_bce.SparseTarget` of N rows; or a sparse tensor (COO, CSR) or dense
-            one, of the shape of the logits, in any dtype that
+        target: :class:`fused_bce.SparseTarget` of N rows, or a sparse tensor (N, C) (COO, CSR); or
+            a dense one of the shape of the logits; in any dtype that
             :func:`binary_cross_entropy_with_logits` takes.
         linear_bias: (C,).
         weight: rescales each element's loss: one number, (C,) or (N, 1).
@@ -72,8 +78,9 @@ def linear_binary_cross_entropy_with_logits(
             invalid target.
         IndexError: for a label out of range.
         RuntimeError: for operands that do not fit, and weights of another shape.
-        TypeError: for labels or offsets of another dtype; for a ``label_smoothing`` that is a
-            tensor, an ``ignore_index`` or ``chunk_bytes`` that is no integer.
+        TypeError: for operands that are no tensors, labels, offsets or values of another dtype; for
+            a ``label_smoothing`` that is a tensor, an ``ignore_index`` or ``chunk_bytes`` that is
+            no integer.
 
     What the operator does not cover, transforms of torch.func for example, is left to torch's
     linear layer and the loss of whole logits: see :func:`fused_bce.why_not_fused`. So is a backward
@@ -111,15 +118,13 @@ def linear_binary_cross_entropy_with_logits(
         )
     check_numbers(reduction, label_smoothing, chunk_bytes)
     target = as_sparse(target)
-    # A trace would make constants of the answers, and warn.
-    if not torch.jit.is_tracing():
-        _check_sizes(input, linear_weight, linear_bias, target)
+    check_linear_operands(input, linear_weight, linear_bias, target, weight, pos_weight)
     if isinstance(target, SparseTarget):
-        if ignore_index is not None:
-            raise ValueError("ignore_index goes with dense targets: leave a label out instead")
+        check_no_ignore_index(ignore_index)
         target.check()
-        if validate_targets and target.values is not None:
-            check_targets(target.values, None)
+        values = target.read_values() if validate_targets else None
+        if values is not None:
+            check_targets(values, None)
     else:
         if ignore_index is not None:
             options["ignore_index"] = ignore_index = check_ignore_index(ignore_index, target)
@@ -228,46 +233,8 @@ def check_numbers(reduction: str, label_smoothing: float, chunk_bytes: int | Non
         return
     if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
         raise TypeError(f"chunk_bytes must be an integer or None, not {chunk_bytes!r}")
-    if chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes must be positive, not {chunk_bytes}")
-
-
-def _check_sizes(
-    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor | SparseTarget
-) -> None:
-    if linear_weight.dim() != 2:
-        raise RuntimeError(f"linear_weight must be of shape (C, F), not {_size(linear_weight)}")
-    num_labels, features = linear_weight.shape
-    if input.dim() == 0 or input.shape[-1] != features:
-        raise RuntimeError(
-            f"input must be of shape (*, {features}), as linear_weight has it, not {_size(input)}"
-        )
-    if linear_bias is not None and tuple(linear_bias.shape) != (num_labels,):
-        raise RuntimeError(
-            f"linear_bias must be of shape ({num_labels},), not {_size(linear_bias)}"
-        )
-    logits_size = (*input.shape[:-1], num_labels)
-    if isinstance(target, SparseTarget):
-        rows = input.shape[:-1].numel()
-        if tuple(target.shape) != (rows, num_labels):
-            raise ValueError(
-                f"Target size ({tuple(target.shape)}) must be that of the logits "
-                f"({(rows, num_labels)})"
-            )
-        return
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a SparseTarget or a tensor, not {type(target).__name__}")
-    if tuple(target.shape) != logits_size:
-        hint = ""
-        if not target.is_floating_point() and target.shape[:-1] == input.shape[:-1]:
-            hint = "; label numbers become a target by SparseTarget.from_padded"
-        raise ValueError(
-            f"Target size ({_size(target)}) must be that of the logits ({logits_size}){hint}"
-        )
-
-
-def _size(t: Tensor) -> tuple[int, ...]:
-    return tuple(t.shape)
+    if not 1 <= chunk_bytes < 2**63:
+        raise ValueError(f"chunk_bytes must be positive and less than 2**63, not {chunk_bytes}")
 
 
 class _Linear(torch.nn.Linear):
@@ -298,7 +265,7 @@ class LinearBCEWithLogitsLoss(torch.nn.Module):
 
     Shape:
         - input: (\\*, F).
-        - target: :class:`fused_bce.SparseTarget`, or (\\*, C) sparse or dense.
+        - target: :class:`fused_bce.SparseTarget`, (N, C) sparse or (\\*, C) dense.
         - output: one number.
 
     Example:
@@ -332,6 +299,8 @@ class LinearBCEWithLogitsLoss(torch.nn.Module):
     ):
         super().__init__()
         check_numbers(reduction, label_smoothing, chunk_bytes)
+        if ignore_index is not None:
+            ignore_index = check_ignore_index(ignore_index, None)
         self.linear = _Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
         self.register_buffer("weight", weight)
         self.register_buffer("pos_weight", pos_weight)

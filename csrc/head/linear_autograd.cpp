@@ -135,9 +135,19 @@ struct LinearBCEWithLogitsFunction : torch::autograd::Function<LinearBCEWithLogi
 
 Tensor linear_autograd(const LinearOperands& o) {
   const auto differentiates = [](const OptionalTensor& t) { return t && t->requires_grad(); };
+  const OptionalTensor constants[] = {o.target,     o.values,          o.weight,
+                                      o.pos_weight, o.label_smoothing, o.divisor};
+  const auto check_tangent = [](const OptionalTensor& t) {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !t || !has_tangent(*t),
+        "fused_bce has no forward-mode derivative; fused_bce.functional leaves it to torch");
+  };
+  for (const OptionalTensor& t :
+       {OptionalTensor(o.input), OptionalTensor(o.linear_weight), o.linear_bias})
+    check_tangent(t);
+  for (const OptionalTensor& t : constants) check_tangent(t);
   if (at::GradMode::is_enabled()) {
-    for (const OptionalTensor& t :
-         {OptionalTensor(o.target), o.values, o.weight, o.pos_weight, o.label_smoothing, o.divisor})
+    for (const OptionalTensor& t : constants)
       TORCH_CHECK(!differentiates(t), "The function '", LinearOperators::kLoss,
                   "' is differentiable with respect to input, linear_weight and linear_bias only.");
     if (o.input.requires_grad() || o.linear_weight.requires_grad() || differentiates(o.linear_bias))

@@ -255,7 +255,20 @@ void check_weight(const char* name, const OptionalTensor& weight, const LinearOp
               "is no matrix of logits that it could weight");
 }
 
+// Of another dtype it may be where all are cast.
+void check_dtype(const char* name, const Tensor& t, const LinearOperands& o) {
+  const at::ScalarType type = t.scalar_type();
+  TORCH_CHECK(o.dtype ? at::isFloatingType(type) : type == o.input.scalar_type(),
+              "input has dtype ", o.input.scalar_type(), " but ", name, " ", type);
+}
+
+void check_device(const OptionalTensor& t, const Tensor& input, bool or_number) {
+  TORCH_CHECK(!t || t->device() == input.device() || (or_number && t->is_cpu() && t->dim() == 0),
+              "input is on ", input.device(), " but another operand on ", t->device());
+}
+
 void check_target(const LinearOperands& o) {
+  TORCH_CHECK_VALUE(o.offsets || !o.values, "values go with offsets only");
   const auto rows = o.input.sym_size(0), labels = o.linear_weight.sym_size(0);
   if (!o.offsets) {
     TORCH_CHECK_VALUE(
@@ -276,7 +289,7 @@ void check_target(const LinearOperands& o) {
 
 }  // namespace
 
-void check_linear(const LinearOperands& o) {
+void check_linear(const LinearOperands& o, const OptionalTensor& grad_loss) {
   TORCH_CHECK(o.input.dim() == 2 && o.linear_weight.dim() == 2 &&
                   o.input.sym_size(1) == o.linear_weight.sym_size(1),
               "input and linear_weight must be matrices with as many features, not of shapes ",
@@ -285,16 +298,19 @@ void check_linear(const LinearOperands& o) {
       !o.linear_bias ||
           (o.linear_bias->dim() == 1 && o.linear_bias->sym_size(0) == o.linear_weight.sym_size(0)),
       "linear_bias must have one number for each of ", o.linear_weight.sym_size(0), " labels");
+  dtype_of("input", o.input.scalar_type());
   dtype_of("logits", o.logits_dtype());
-  TORCH_CHECK(o.dtype || o.linear_weight.scalar_type() == o.input.scalar_type(), "input has dtype ",
-              o.input.scalar_type(), " but linear_weight ", o.linear_weight.scalar_type());
+  check_dtype("linear_weight", o.linear_weight, o);
+  if (o.linear_bias) check_dtype("linear_bias", *o.linear_bias, o);
   TORCH_CHECK_VALUE(
       o.reduction == at::Reduction::Mean || o.reduction == at::Reduction::Sum,
       "reduction must be mean or sum: the losses of all elements would be as many as the logits");
+  TORCH_CHECK_VALUE(o.chunk_bytes >= 0, "chunk_bytes must not be negative, as ", o.chunk_bytes);
   const OptionalTensor others[] = {o.linear_weight, o.linear_bias, o.target, o.offsets, o.values};
-  for (const auto& t : others)
-    TORCH_CHECK(!t || t->device() == o.input.device(), "input is on ", o.input.device(),
-                " but another operand on ", t->device());
+  for (const auto& t : others) check_device(t, o.input, /*or_number=*/false);
+  const OptionalTensor weights[] = {o.weight, o.pos_weight, o.label_smoothing, o.divisor,
+                                    grad_loss};
+  for (const auto& t : weights) check_device(t, o.input, /*or_number=*/true);
   check_target(o);
   check_weight("weight", o.weight, o);
   check_weight("pos_weight", o.pos_weight, o);
@@ -302,7 +318,7 @@ void check_linear(const LinearOperands& o) {
 
 LinearLoss linear_loss(const LinearOperands& operands, Wanted wanted,
                        const OptionalTensor& grad_loss) {
-  check_linear(operands);
+  check_linear(operands, grad_loss);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   return LinearLossCall(operands, wanted, grad_loss).run();
 }

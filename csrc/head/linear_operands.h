@@ -57,7 +57,7 @@ LinearLoss linear_loss(const LinearOperands& operands, Wanted wanted,
 inline at::Tensor linear_loss_only(const LinearOperands& operands) {
   return linear_loss(operands, {}, {}).loss;
 }
-void check_linear(const LinearOperands& operands);
+void check_linear(const LinearOperands& operands, const OptionalTensor& grad_loss);
 
 // linear_autograd.cpp
 at::Tensor linear_autograd(const LinearOperands& operands);

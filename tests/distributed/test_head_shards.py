@@ -21,6 +21,7 @@ from torch.distributed.tensor import (
     distribute_tensor,
 )
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_bce import LinearBCEWithLogitsLoss, SparseTarget
@@ -192,7 +193,7 @@ def check_refusals():
     target = SparseTarget.from_lists([[1], [13]], 14)
     # 28 labels would be as many as a shard's in one process, and not in the next; so would (2, 14).
     for shape in ((28,), (2, 14)):
-        with pytest.raises(RuntimeError, match="pos_weight must be of one of the shapes"):
+        with pytest.raises(RuntimeError, match="pos_weight has shape"):
             head(x, w, target, pos_weight=torch.ones(shape))
     with pytest.raises(RuntimeError, match=r"mixed torch.Tensor and DTensor"):
         head(x.to_local(), w, target)
@@ -321,6 +322,15 @@ def check_tensor_parallel():
     check_trained_as_alone(model, lambda x, labels: loss_of_share(model, x, labels, slice(None)))
 
 
+def check_colwise_parallel():
+    """torch's own style, but that the loss is not sharded."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = network()
+    style = ColwiseParallel(output_layouts=Replicate())
+    parallelize_module(model.head, mesh, {"linear": style})
+    check_trained_as_alone(model, lambda x, labels: loss_of_share(model, x, labels, slice(None)))
+
+
 def check_rows_and_labels():
     """FSDP2 of a head whose labels are sharded."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "labels"))
@@ -338,6 +348,7 @@ def check_head():
     check_refusals()
     check_data_parallel()
     check_tensor_parallel()
+    check_colwise_parallel()
     if dist.get_world_size() == 2:
         check_compiled()
     else:

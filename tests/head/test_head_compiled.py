@@ -1,6 +1,8 @@
 """The head in torch.compile, torch.export and other tracers, and in decompositions."""
 
 import contextlib
+import io
+import warnings
 
 import pytest
 import torch
@@ -11,17 +13,19 @@ from head_cases import (
     Operands,
     as_rows,
     assert_near,
+    by_head_dtype,
     by_reduction,
     draw_operands,
     draw_target,
     evaluate,
     exact,
     head,
+    ignore_csr,
     relative_error,
 )
 from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import default_decompositions, export
+from torch.export import Dim, default_decompositions, export
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
@@ -85,25 +89,169 @@ def test_inductor(device, monkeypatch):
             assert relative_error(grad, truth) <= DOUBLE
 
 
-def test_constructors_compile(device):
+CONSTRUCTORS = {
+    "padded": lambda labels: SparseTarget.from_padded(labels, LABELS, padding_value=8),
+    "coo": lambda labels: SparseTarget.from_coo(
+        torch.zeros_like(labels[0]), labels[0], (2, LABELS), labels[1] * 0.1
+    ),
+    "lists": lambda labels: SparseTarget.from_lists([[3, 5], []], LABELS, device=labels.device),
+    "identity": lambda labels: SparseTarget.identity(2, device=labels.device)._replace(
+        num_labels=LABELS
+    ),
+}
+
+
+@pytest.mark.parametrize("constructor", CONSTRUCTORS)
+def test_constructors_compile(constructor, device):
     weight = torch.randn(LABELS, FEATURES, device=device)
     input = torch.randn(2, FEATURES, device=device)
-    padded = torch.tensor([[3, -1, 5], [-1, -1, 0]], device=device)
+    labels = torch.tensor([[3, 5, 2], [8, 7, 0]], device=device)
 
-    @torch.compile(backend="aot_eager", fullgraph=True)
-    def step(input, padded):
-        return head(input, weight, SparseTarget.from_padded(padded, LABELS))
+    def step(input, labels):
+        return head(input, weight, CONSTRUCTORS[constructor](labels))
 
-    target = SparseTarget.from_padded(padded, LABELS)
-    assert torch.equal(step(input, padded), head(input, weight, target))
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(input, labels), step(input, labels))
 
 
-def test_labels_out_of_range_compiled():
-    """From an assertion in the graph, hence of another type."""
-    target = SparseTarget.from_lists([[LABELS]], LABELS)
-    compiled = torch.compile(head, backend="aot_eager", fullgraph=True)
-    with pytest.raises(RuntimeError, match="a label is out of range"):
-        compiled(torch.randn(1, FEATURES), torch.randn(LABELS, FEATURES), target)
+class Head(torch.nn.Module):
+    """Of rows and labels as they come from elsewhere, with every check."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = LinearBCEWithLogitsLoss(FEATURES, LABELS, validate_targets=True)
+
+    def forward(self, input, target):
+        return self.head(input, target)
+
+
+class HeadOfPlaces(Head):
+    def forward(self, input, rows, columns):
+        return self.head(input, SparseTarget.from_coo(rows, columns, (len(input), LABELS)))
+
+
+def compile_whole(module, arguments):
+    return torch.compile(module, backend="aot_eager", fullgraph=True)
+
+
+def export_strictly(module, arguments):
+    return export(module, arguments, strict=True).module()
+
+
+def export_module(module, arguments):
+    return export(module, arguments, strict=False).module()
+
+
+by_graph = pytest.mark.parametrize("make", [compile_whole, export_strictly, export_module])
+
+GOOD = SparseTarget(
+    torch.tensor([0, 7, 5]), torch.tensor([0, 1, 3]), LABELS, torch.tensor([0.5, 1.0, 0.0])
+)
+BAD = {
+    "label": (GOOD._replace(indices=GOOD.indices + LABELS - 5), "a label is out of range"),
+    "negative label": (GOOD._replace(indices=GOOD.indices - 1), "a label is out of range"),
+    "offsets": (GOOD._replace(offsets=torch.tensor([0, 3, 1])), "bad offsets"),
+    "first offset": (GOOD._replace(offsets=torch.tensor([1, 1, 3])), "bad offsets"),
+    "last offset": (GOOD._replace(offsets=torch.tensor([0, 1, 4])), "bad offsets"),
+    "value": (GOOD._replace(values=torch.tensor([0, 1.5, 0])), r"outside \[0, 1\]"),
+}
+
+
+@by_graph
+def test_graphs_check_numbers(make):
+    """By assertions in the graph, hence of another type."""
+    input = torch.randn(2, FEATURES)
+    module = Head()
+    graph = make(module, (input, GOOD))
+    assert torch.equal(graph(input, GOOD), module(input, GOOD))
+    for bad, message in BAD.values():
+        with pytest.raises(RuntimeError, match=message):
+            graph(input, bad)
+    unread = GOOD._replace(offsets=torch.tensor([0, 1, 2]), values=torch.tensor([0, 1, 1.5]))
+    assert torch.equal(graph(input, unread), module(input, unread))
+
+
+@by_graph
+def test_graphs_check_rows(make):
+    input, rows, columns = torch.randn(2, FEATURES), torch.tensor([1, 0]), torch.tensor([3, 9])
+    module = HeadOfPlaces()
+    graph = make(module, (input, rows, columns))
+    assert torch.equal(graph(input, rows, columns), module(input, rows, columns))
+    for bad in (rows + 1, rows - 1):
+        with pytest.raises(RuntimeError, match="a row is out of range"):
+            graph(input, bad, columns)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_of_any_number_of_rows(strict, device):
+    """Saved and loaded, too."""
+    module = LinearBCEWithLogitsLoss(FEATURES, LABELS, dtype=torch.float64).to(device)
+    any_size = {0: Dim.AUTO}
+    of_target = SparseTarget(any_size, any_size, None, None)
+
+    def arguments(rows):
+        input = torch.randn(rows, FEATURES, dtype=torch.float64, device=device)
+        return input, as_rows(draw_target(rows)).to(device)
+
+    program = export(
+        module,
+        arguments(ROWS),
+        dynamic_shapes={"input": any_size, "target": of_target},
+        strict=strict,
+    )
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for rows in (2, 3 * ROWS):
+        input, target = arguments(rows)
+        want = exact(Operands(input, module.linear.weight, None), target).loss
+        for one in (program.module(), loaded):
+            assert relative_error(one(input, target).detach(), want) <= DOUBLE
+
+
+@ignore_csr
+@pytest.mark.filterwarnings("ignore:.*sparse tensor")  # torch's, of the break
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_coo], ids=str)
+def test_sparse_tensors_break_the_graph(layout, backend, device):
+    """torch.compile takes none into a graph; it goes on behind."""
+    operands = draw_operands(device, torch.float64)
+    compiled = torch.compile(head, backend=backend)
+    target = (draw_target() * 0.5).to_sparse(layout=layout)
+    got = evaluate(operands, target.to(device), function=compiled)
+    assert_near(got, exact(operands, target), DOUBLE)
+
+
+TRACED = {
+    "rows": lambda indices, offsets, padded: SparseTarget(indices, offsets, LABELS),
+    "values": lambda indices, offsets, padded: SparseTarget(
+        indices, offsets, LABELS, indices.double() / LABELS
+    ),
+    "padded": lambda indices, offsets, padded: SparseTarget.from_padded(padded, LABELS),
+}
+
+
+@pytest.mark.parametrize("form", TRACED)
+def test_a_trace_serves_other_rows(form, device):
+    """Nothing of ours looks at numbers or sizes in it, of which torch would warn."""
+
+    def function(input, weight, *tensors):
+        return head(input, weight, TRACED[form](*tensors))
+
+    def arguments(rows):
+        padded = torch.randint(-1, LABELS, (rows, 3))
+        target = SparseTarget.from_padded(padded, LABELS)
+        return [t.to(device) for t in (torch.randn(rows, FEATURES), *target[:2], padded)]
+
+    weight = torch.randn(LABELS, FEATURES, device=device)
+    input, *tensors = arguments(3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        traced = torch.jit.trace(function, (input, weight, *tensors))
+    assert not [w for w in caught if "fused_bce" in w.filename]
+    input, *tensors = arguments(5)
+    torch.testing.assert_close(traced(input, weight, *tensors), function(input, weight, *tensors))
 
 
 def test_compiled_autograd(device):
@@ -223,3 +371,21 @@ def test_without_numbers(kind, device):
     assert (loss.shape, loss.dtype) == ((), torch.float32)
     for grad, leaf in zip(torch.autograd.grad(loss, leaves), leaves, strict=True):
         assert (grad.shape, grad.dtype, grad.device) == (leaf.shape, leaf.dtype, leaf.device)
+
+
+@by_head_dtype
+@pytest.mark.parametrize("case", range(3))
+def test_operator_without_numbers(case, dtype, device):
+    """The operators as such: torch computes calls of the function on meta tensors."""
+    call = list(operator_calls(device))[case]
+    call = [t.detach() if isinstance(t, torch.Tensor) else t for t in call]
+    call[:3] = [t if t is None else t.to(dtype) for t in call[:3]]
+    wanted = [True, False, call[2] is not None]
+    on_meta = [t.to("meta") if isinstance(t, torch.Tensor) else t for t in call]
+    got = OPS.linear_binary_cross_entropy_with_grads(wanted, None, *on_meta)
+    want = OPS.linear_binary_cross_entropy_with_grads(wanted, None, *call)
+    for ours, real in zip(got, want, strict=True):
+        assert ours.is_meta
+        assert (ours.shape, ours.dtype) == (real.shape, real.dtype)
+    loss = OPS.linear_binary_cross_entropy_with_logits(*on_meta)
+    assert (loss.shape, loss.dtype, loss.is_meta) == ((), want[0].dtype, True)
