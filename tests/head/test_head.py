@@ -197,14 +197,15 @@ def test_positives_go_through_the_formula(dtype, device):
 def test_half_of_a_tiny_mean(device):
     """float16 does not hold 1e-8, by which mean over 1e8 elements multiplies; a loss scale comes
     too late for what is 0 by then."""
-    operands = draw_operands(device, torch.float16, bias=False, rows=64, labels=20000)
-    target = as_rows(draw_target(64, 20000, 1e-3))
-    scale = 2.0**16
-    got = evaluate(operands, target.to(device), grad_loss=scale)
-    want = exact(operands, target, grad_loss=scale)
-    for ours, truth in zip(got.grads, want.grads, strict=True):
-        # The rounding of logits, and of results that are no more than a unit of float16's smallest
-        assert relative_error(ours, truth) <= 4 * torch.finfo(torch.float16).eps
+    rows, labels, scale = 1000, 100_000, 2.0**16
+    input = torch.ones(rows, 1, device=device, dtype=torch.float16).requires_grad_()
+    weight = torch.zeros(labels, 1, device=device, dtype=torch.float16).requires_grad_()
+    target = SparseTarget.from_padded(torch.full((rows, 1), labels - 1, device=device), labels)
+    got = evaluate(Operands(input, weight, None), target, grad_loss=scale)
+    # Each logit is 0 and has 1/2 for a gradient, but the last of each row, which has -1/2.
+    want = torch.full((labels, 1), scale / labels / 2)
+    want[-1] *= -1
+    assert relative_error(got.grads[1], want.double()) <= torch.finfo(torch.float16).eps
 
 
 DEMANDS = ["input", "linear_weight", "linear_bias", "input linear_weight", "linear_bias input"]
@@ -265,12 +266,13 @@ def test_slices_and_leading_dimensions(device):
     assert one.shape == ()
 
 
-def test_a_row_of_nan(device):
+@pytest.mark.parametrize("form", ["bool", "rows", "values"])
+def test_a_row_of_nan(form, device):
     """It is in its row of the input's gradient, and in all of the weight's, as in torch's."""
     operands = draw_operands(device, torch.float64)
     with torch.no_grad():
         operands.input[3, 0] = math.nan
-    target = draw_target()
+    target = FORMS[form](draw_target())
     got = evaluate(operands, target.to(device), chunk_bytes=4000)
     want = exact(operands, target)
     for ours, theirs in zip(got.grads, want.grads, strict=True):
@@ -371,7 +373,12 @@ def test_plain_loss_of_sparse_targets(device):
     assert relative_error(loss.detach(), want.loss) <= DOUBLE
     assert relative_error(grad.detach(), want.grads[0]) <= DOUBLE
     (second,) = torch.autograd.grad(grad.square().sum(), logits)
-    assert second.abs().max() > 0
+    alone = logits.detach().cpu().requires_grad_()
+    by_torch = on_whole_logits(
+        alone, torch.eye(LABELS).double(), matrix_of(target).double(), label_smoothing=0.1
+    )
+    (theirs,) = torch.autograd.grad(by_torch, alone, create_graph=True)
+    assert relative_error(second, *torch.autograd.grad(theirs.square().sum(), alone)) <= DOUBLE
     module = fused_bce.BCEWithLogitsLoss(label_smoothing=0.1)
     assert torch.equal(module(logits, target.to(device)), loss)
 
@@ -401,13 +408,18 @@ def test_batchmean_of_the_plain_loss(dtype, device):
     torch.testing.assert_close(by_torch, ours)
 
 
-def test_labels_beyond_the_matrix_write_nowhere(device):
-    """Called past the checks, as a shard is, the operator passes over what is not its own."""
+@by_chunk
+@pytest.mark.parametrize("beyond", [0, 2**32], ids=["near", "far"])
+def test_labels_beyond_the_matrix_write_nowhere(beyond, chunk_bytes, device):
+    """Called past the checks, as a shard is, the operator passes over what is not its own; also if
+    it would be in 32 bits."""
     operands = draw_operands(device, torch.float64)
     target = as_rows(draw_target())
-    shifted = target._replace(indices=target.indices - 50)
+    labels = target.indices - 50
+    labels = torch.where(labels < 0, labels + beyond + (50 if beyond else 0), labels)
     op = torch.ops.fused_bce.linear_binary_cross_entropy_with_logits
-    got = op(*operands, shifted.indices.to(device), shifted.offsets.to(device))
+    options = {"chunk_bytes": chunk_bytes or 0}
+    got = op(*operands, labels.to(device), target.offsets.to(device), **options)
     dense = torch.zeros(ROWS, LABELS)
     dense[:, : LABELS - 50] = matrix_of(target)[:, 50:]
     assert relative_error(got.detach(), exact(operands, dense).loss) <= DOUBLE
