@@ -134,7 +134,7 @@ def linear_binary_cross_entropy_with_logits(
     if reason is not None:
         if not torch.compiler.is_compiling():
             log_once(reason)
-        return _on_whole_logits(input, linear_weight, target, options)
+        return on_whole_logits(input, linear_weight, target, options)
     return _fused(input, linear_weight, target, options, chunk_bytes)
 
 
@@ -197,7 +197,7 @@ def linear_loss(input, linear_weight, target, operands, arguments) -> Tensor:
     )
 
 
-def _on_whole_logits(input, linear_weight, target, options) -> Tensor:
+def on_whole_logits(input, linear_weight, target, options) -> Tensor:
     rows = input if input.dim() > 1 else input[None]
     logits = F.linear(rows.flatten(0, -2), linear_weight, options["linear_bias"])
     if isinstance(target, SparseTarget):

@@ -9,11 +9,10 @@ from torch.fx import Proxy
 from torch.overrides import handle_torch_function
 
 from fused_bce.dispatch import are_shards, log_once, why_not_linear
-from fused_bce.head import _on_whole_logits, check_numbers, linear_loss, operator_arguments
+from fused_bce.head import check_numbers, linear_loss, on_whole_logits, operator_arguments
 from fused_bce.registrations import ops
-from fused_bce.sparse import SparseTarget
+from fused_bce.sparse import FLOATS, SparseTarget
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NUMBERS = (Real, torch.SymInt, torch.SymFloat)
 
 
@@ -98,7 +97,7 @@ def pairwise_sigmoid_loss(
         if not torch.compiler.is_compiling():
             log_once(reason)
         scaled, weight, options["linear_bias"] = pairs.as_a_layer_has_them(input2)
-        return _on_whole_logits(scaled, weight, target, options)
+        return on_whole_logits(scaled, weight, target, options)
     if are_shards(pairs.scaled, input2):
         from fused_bce.sharded import loss_of_shards
 
@@ -189,7 +188,7 @@ def check_pairs(
     for name, features in (("input1", input1), ("input2", input2)):
         if not isinstance(features, Tensor):
             raise TypeError(f"{name} must be a tensor, not {type(features).__name__}")
-        if features.dtype not in _FLOATS:
+        if features.dtype not in FLOATS:
             raise RuntimeError(
                 f"{name} must be float16, bfloat16, float32 or float64, not {features.dtype}"
             )

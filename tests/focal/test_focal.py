@@ -153,6 +153,8 @@ def test_sparse_targets(layout, device):
     assert torch.equal(got.loss, want.loss)
     assert torch.equal(got.grad_logits, want.grad_logits)
     assert fused_bce.why_not_fused(logits, sparse) is None
+    with pytest.raises(ValueError, match="goes with dense targets"):
+        sigmoid_focal_loss(logits, sparse, ignore_index=1)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "channels_last"])
