@@ -118,6 +118,7 @@ def measure_all(
 ) -> Measured:
     """Prints a table and extends the CSV file as the cases are done."""
     facts = machine.facts(arguments.device)
+    machine.touch_constants()
     path = csv_path(arguments.output, facts, arguments.preset)
     start_file(path, arguments.append)
     measured: Measured = {}

@@ -1,5 +1,6 @@
 """What the numbers were measured on."""
 
+import math
 import os
 import platform
 import shlex
@@ -36,6 +37,16 @@ def cpu_model() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def touch_constants() -> None:
+    """Lets torch's log1p for AVX-512 read what it has for special values.
+
+    It loads these constants under a mask, empty for ordinary values. While nothing has ever read
+    their page of memory each such load goes the processor's slow way, and log1p takes seven times
+    as long. In most processes something has; where not, torch would look slower than it is.
+    """
+    torch.log1p(torch.tensor([-0.0, -1.0, -2.0, math.inf] * 16))
 
 
 class OtherLoad:
