@@ -95,7 +95,7 @@ struct FocalTerms {
                                : Precision<float>::kLargestExponent;
   }
 
-  Tensor with_sign_of_logits(const Tensor& t) const { return at::where(negative, -t, t); }
+  Tensor with_sign_of_logits(const Tensor& y) const { return at::where(negative, -y, y); }
 
   // sigmoid(x) sigmoid(-x) / m is e s^2 / m, and the e of a hard target cancels. Else the limit of
   // e ce is 0.
