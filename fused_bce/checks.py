@@ -41,11 +41,6 @@ def _check_exponent(name: str, gamma: float) -> None:
         raise ValueError(f"{name} must lie in [0, 1e6], not be {gamma}")
 
 
-def check_no_ignore_index(ignore_index: object) -> None:
-    if ignore_index is not None:
-        raise ValueError("ignore_index goes with dense targets: leave a label out instead")
-
-
 def check_ignore_index(ignore_index: object, target: Tensor | None) -> int | float:
     """The same as an int, or as a float if it is nan."""
     if isinstance(ignore_index, Real) and ignore_index != ignore_index:
@@ -57,6 +52,19 @@ def check_ignore_index(ignore_index: object, target: Tensor | None) -> int | flo
         raise ValueError(f"ignore_index must lie between -2**24 and 2**24, not be {index}")
     if isinstance(target, Tensor) and not _holds(target.dtype, index):
         raise ValueError(f"ignore_index {index} is no value that {target.dtype} can hold")
+    return index
+
+
+def check_ignore_index_of_rows(ignore_index: object, target: SparseTarget) -> float | None:
+    """Of a SparseTarget only values that are nan can be ignored: any other may be left out."""
+    if ignore_index is None:
+        return None
+    index = check_ignore_index(ignore_index, target.values)
+    if target.values is None or not isinstance(index, float):
+        raise ValueError(
+            "ignore_index goes with dense targets, and nan with the values of a SparseTarget: "
+            "leave a label out instead"
+        )
     return index
 
 

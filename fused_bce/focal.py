@@ -13,8 +13,8 @@ from fused_bce import reference
 from fused_bce.checks import (
     check_focal_numbers,
     check_ignore_index,
+    check_ignore_index_of_rows,
     check_label_smoothing,
-    check_no_ignore_index,
     check_targets,
     is_invalid,
 )
@@ -98,7 +98,7 @@ def sigmoid_focal_loss(
         (tensor(0.0343, grad_fn=<...>), tensor([-0.0345,  0.0394, -0.0012]))
     """
     if isinstance(targets, SparseTarget):
-        check_no_ignore_index(ignore_index)
+        check_ignore_index_of_rows(ignore_index, targets)
         targets = targets.to_dense()
     reason = why_not_dense(inputs, targets, weight, None)
     if reason is not None and (isinstance(inputs, Proxy) or isinstance(targets, Proxy)):
@@ -118,7 +118,7 @@ def sigmoid_focal_loss(
             recompute=recompute,
         )
     if reason is not None and isinstance(sparse := as_sparse(targets), SparseTarget):
-        check_no_ignore_index(ignore_index)
+        check_ignore_index_of_rows(ignore_index, sparse)
         targets = sparse.to_dense()
         reason = why_not_dense(inputs, targets, weight, None)
     check_focal_numbers(alpha, gamma, gamma_neg)

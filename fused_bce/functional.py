@@ -10,8 +10,8 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from fused_bce import _C, reference
 from fused_bce.checks import (
     check_ignore_index,
+    check_ignore_index_of_rows,
     check_label_smoothing,
-    check_no_ignore_index,
     check_targets,
     is_invalid,
 )
@@ -124,7 +124,7 @@ def binary_cross_entropy_with_logits(
         if loss is not None:
             return loss
     if isinstance(target, SparseTarget):
-        check_no_ignore_index(ignore_index)
+        check_ignore_index_of_rows(ignore_index, target)
         target = target.to_dense()
     reason = why_not_dense(input, target, weight, pos_weight)
     if reason is not None and (isinstance(input, Proxy) or isinstance(target, Proxy)):
@@ -144,7 +144,7 @@ def binary_cross_entropy_with_logits(
             recompute=recompute,
         )
     if reason is not None and isinstance(sparse := as_sparse(target), SparseTarget):
-        check_no_ignore_index(ignore_index)
+        check_ignore_index_of_rows(ignore_index, sparse)
         target = sparse.to_dense()
         reason = why_not_dense(input, target, weight, pos_weight)
     if ignore_index is not None:

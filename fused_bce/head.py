@@ -12,9 +12,9 @@ from torch.overrides import handle_torch_function
 from fused_bce import reference
 from fused_bce.checks import (
     check_ignore_index,
+    check_ignore_index_of_rows,
     check_label_smoothing,
     check_linear_operands,
-    check_no_ignore_index,
     check_targets,
 )
 from fused_bce.dispatch import are_shards, log_once, why_not_linear
@@ -64,7 +64,8 @@ def linear_binary_cross_entropy_with_logits(
             first dimension, or ``"sum"``. Prefer ``"batchmean"`` where C is large: it does not
             shrink the gradients as labels are added.
         label_smoothing: in [0, 1); targets t become t (1 - label_smoothing) + label_smoothing / 2.
-        ignore_index: of dense targets; see :func:`binary_cross_entropy_with_logits`.
+        ignore_index: of dense targets; or ``math.nan``, for values of a SparseTarget that are
+            missing. See :func:`binary_cross_entropy_with_logits`.
         validate_targets: raises for targets outside [0, 1].
         chunk_bytes: most bytes of a block of logits; None: by device, 4 MiB on the CPU.
 
@@ -120,11 +121,11 @@ def linear_binary_cross_entropy_with_logits(
     target = as_sparse(target)
     check_linear_operands(input, linear_weight, linear_bias, target, weight, pos_weight)
     if isinstance(target, SparseTarget):
-        check_no_ignore_index(ignore_index)
         target.check()
+        options["ignore_index"] = ignore_index = check_ignore_index_of_rows(ignore_index, target)
         values = target.read_values() if validate_targets else None
         if values is not None:
-            check_targets(values, None)
+            check_targets(values, ignore_index)
     else:
         if ignore_index is not None:
             options["ignore_index"] = ignore_index = check_ignore_index(ignore_index, target)
@@ -144,6 +145,7 @@ def _fused(input, linear_weight, target, options, chunk_bytes) -> Tensor:
         rows,
         linear_weight,
         options["reduction"],
+        target,
         options["label_smoothing"],
         options["ignore_index"],
         chunk_bytes,
@@ -163,6 +165,7 @@ def operator_arguments(
     input: Tensor,
     linear_weight: Tensor,
     reduction: str,
+    target: Tensor | SparseTarget | None,
     label_smoothing: float = 0.0,
     ignore_index: int | float | None = None,
     chunk_bytes: int | None = None,
@@ -171,12 +174,17 @@ def operator_arguments(
     compiling = torch.compiler.is_compiling()
     smooths = may_differ_from_zero(label_smoothing) if compiling else label_smoothing != 0
     index, nan = index_or_nan(ignore_index)
+    divisor = None
+    if reduction == "batchmean":
+        divisor = batch_size_operand(input)
+    elif reduction == "mean" and nan and isinstance(target, SparseTarget):
+        divisor = target.count_without_nan()
     return {
         "reduction": _REDUCTIONS[reduction],
         "label_smoothing": scalar_operand(label_smoothing, linear_weight) if smooths else None,
         "ignore_index": index,
         "ignore_nan": nan,
-        "divisor": batch_size_operand(input) if reduction == "batchmean" else None,
+        "divisor": divisor,
         "chunk_bytes": chunk_bytes or 0,
     }
 

@@ -1,5 +1,6 @@
 """The sigmoid loss of pairs, of contrastive training (SigLIP), without its matrix of logits."""
 
+import math
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -39,8 +40,8 @@ def pairwise_sigmoid_loss(
         logit_bias: a number, a tensor of one, or None.
         positives: ``"diagonal"``: sample i of the one and sample i of the other; None: there are
             none, as among the samples of another process; or a :class:`fused_bce.SparseTarget` of
-            N rows and M labels, for several captions of an image for example. No pair is left out:
-            one that may be positive can be given a target between 0 and 1, by its ``values``.
+            N rows and M labels, for several captions of an image for example. Of its ``values`` one
+            between 0 and 1 is for a pair that may be positive, and nan for one that is left out.
         reduction: ``"batchmean"``, the sum over N, as SigLIP has it; ``"mean"`` or ``"sum"``.
         chunk_bytes: most bytes of a block of logits; None: by device.
 
@@ -82,7 +83,9 @@ def pairwise_sigmoid_loss(
     check_numbers(reduction, 0.0, chunk_bytes)
     check_pairs(*operands)
     target = _target(positives, input1, input2)
-    pairs = PairwiseOperands.of(*operands, chunk_bytes, reduction)
+    # A pair whose value is nan is left out.
+    ignore_index = math.nan if target.has_floats() else None
+    pairs = PairwiseOperands.of(*operands, chunk_bytes, reduction, target, ignore_index)
     layer = pairs.scaled, input2, target
     options: dict[str, Any] = {
         "linear_bias": pairs.bias,
@@ -90,7 +93,7 @@ def pairwise_sigmoid_loss(
         "pos_weight": None,
         "reduction": reduction,
         "label_smoothing": 0.0,
-        "ignore_index": None,
+        "ignore_index": ignore_index,
     }
     reason = why_not_linear(pairs.scaled, input2, pairs.bias, target, None, None)
     if reason is not None:
@@ -123,6 +126,8 @@ class PairwiseOperands(NamedTuple):
         logit_bias: float | Tensor | None,
         chunk_bytes: int | None,
         reduction: str = "batchmean",
+        target: SparseTarget | None = None,
+        ignore_index: float | None = None,
     ) -> "PairwiseOperands":
         wide = torch.float64 if input1.dtype == torch.float64 else torch.float32
         scaled = input1.to(wide) * _of_dtype(logit_scale, wide)
@@ -132,7 +137,9 @@ class PairwiseOperands(NamedTuple):
             # constant (see scalars.py).
             ones = torch.ones((), dtype=wide, device=input2.device)
             bias = (ones * _of_dtype(logit_bias, wide)).expand(input2.shape[0])
-        arguments = operator_arguments(scaled, input2, reduction, chunk_bytes=chunk_bytes)
+        arguments = operator_arguments(
+            scaled, input2, reduction, target, 0.0, ignore_index, chunk_bytes
+        )
         dtype = logits_dtype(input1, input2)
         arguments["dtype"] = dtype if (dtype, input2.dtype) != (wide, wide) else None
         return cls(scaled, bias, arguments)

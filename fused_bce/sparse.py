@@ -285,6 +285,18 @@ class SparseTarget(NamedTuple):
             return None
         return self.values.masked_fill(self._unread(), 0)
 
+    def has_floats(self) -> bool:
+        """Whether a value may be nan."""
+        return self.values is not None and self.values.is_floating_point()
+
+    def count_without_nan(self) -> Tensor:
+        """How many of all N x C targets are not nan, as a number in float64."""
+        values = self.read_values()
+        targets = (self.offsets.shape[0] - 1) * self.num_labels
+        if values is None:
+            return self.offsets.new_full((), targets, dtype=torch.float64)
+        return targets - values.isnan().sum(dtype=torch.float64)
+
     def _unread(self) -> Tensor:
         places = torch.arange(self.indices.shape[0], device=self.indices.device)
         return places >= self.offsets[-1]

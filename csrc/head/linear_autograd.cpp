@@ -32,7 +32,7 @@ Tensor target_matrix(const LinearOperands& o) {
 
 LinearOperands counted(const LinearOperands& given) {
   LinearOperands o = given;
-  if (!o.divisor && o.ignores() && o.reduction == at::Reduction::Mean) {
+  if (!o.divisor && !o.offsets && o.ignores() && o.reduction == at::Reduction::Mean) {
     static const auto count = find_operator<decltype(count_kept)>("count_kept");
     o.divisor = count.call(o.target, o.ignore_index, o.ignore_nan);
   }

@@ -284,7 +284,11 @@ void check_target(const LinearOperands& o) {
               "offsets must be int64 and of shape (", rows + 1, ",)");
   TORCH_CHECK(!o.values || o.values->sym_sizes() == o.target.sym_sizes(),
               "values must be as many as label numbers");
-  TORCH_CHECK_VALUE(!o.ignores(), "ignore_index goes with dense targets only");
+  TORCH_CHECK_VALUE(!o.ignore_index && (!o.ignore_nan || o.values),
+                    "ignore_index goes with dense targets, but for values that are nan");
+  // It would have to be told from the number of places that are not in the rows.
+  TORCH_CHECK_VALUE(!o.ignore_nan || o.divisor || o.reduction != at::Reduction::Mean,
+                    "the mean of sparse targets, some of them ignored, needs a divisor");
 }
 
 }  // namespace

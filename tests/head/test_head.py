@@ -95,13 +95,18 @@ def test_options(options, reduction, chunk_bytes, device):
 
 
 @by_chunk
-def test_ignored_nan(chunk_bytes, device):
+@pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum"])
+def test_ignored_nan(reduction, chunk_bytes, device):
     operands = draw_operands(device, torch.float64)
     target = draw_target().double()
     target[2, ::3] = math.nan
-    options = {"ignore_index": math.nan}
-    got = evaluate(operands, target.to(device), chunk_bytes=chunk_bytes, **options)
-    assert_near(got, exact(operands, target, **options), DOUBLE)
+    options = {"ignore_index": math.nan, "reduction": reduction}
+    want = exact(operands, target, **options)
+    places = (target != 0).nonzero()
+    rows = SparseTarget.from_coo(*places.t(), target.shape, target[tuple(places.t())])
+    for one in (target, rows):
+        got = evaluate(operands, one.to(device), chunk_bytes=chunk_bytes, **options)
+        assert_near(got, want, DOUBLE)
 
 
 @by_chunk

@@ -348,6 +348,23 @@ def test_ignore_index_of_rows(device):
             fused(torch.zeros(ROWS, LABELS, device=device), target.to(device), ignore_index=1)
 
 
+def test_missing_values_of_rows(device):
+    """nan is what they can be ignored by, in the plain losses as well."""
+    values = torch.tensor([1, math.nan], device=device)
+    indices, offsets = torch.tensor([0, 2], device=device), torch.tensor([0, 2], device=device)
+    rows = SparseTarget(indices, offsets, 3, values)
+    logits = torch.tensor([[1.0, 2, math.inf]], device=device)
+    for loss in (
+        fused_bce.functional.binary_cross_entropy_with_logits,
+        fused_bce.functional.sigmoid_focal_loss,
+    ):
+        got = loss(logits, rows, reduction="mean", ignore_index=math.nan)
+        want = loss(logits[:, :2], rows.to_dense()[:, :2], reduction="mean")
+        torch.testing.assert_close(got, want)
+        with pytest.raises(ValueError, match="nan with the values of a SparseTarget"):
+            loss(logits, rows._replace(values=None), ignore_index=math.nan)
+
+
 def test_rows_of_another_dtype_are_a_reason():
     logits = torch.zeros(ROWS, LABELS)
     for bad in (SparseTarget([0], [0, 1], 4), ROW._replace(offsets=ROW.offsets.int())):
@@ -466,6 +483,7 @@ def test_operator_refuses_the_gradient_of_another_device():
         GRADS([True, True, False], torch.ones((), device="meta"), *call)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is (deprecated|not supported)")
 @pytest.mark.parametrize("name", ["input", "linear_weight", "linear_bias", "values", "weight"])
 def test_operator_refuses_tangents(name, device):
     """Instead of a derivative of 0."""

@@ -84,6 +84,29 @@ def test_other_positives(shape, device):
         assert max(errors(got, exact(leaves, positives=matrix))) <= 1e-13
 
 
+@by_chunk
+@pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
+def test_pairs_left_out(reduction, chunk_bytes, device):
+    """Whose value is nan: neither positive nor negative, as two captions of like images."""
+    leaves = draw((12, 7), device)
+    values = torch.eye(12, 7, dtype=torch.float64)
+    values[torch.rand(12, 7) < 0.2] = math.nan
+    places = (values != 0).nonzero()
+    rows = SparseTarget.from_coo(*places.t(), values.shape, values[tuple(places.t())]).to(device)
+    input1, input2, scale, bias = wide = [t.detach().cpu().requires_grad_() for t in leaves]
+    logits = (input1 @ input2.t() * scale + bias)[~values.isnan()]
+    signs = 2 * values[~values.isnan()] - 1
+    want = -logsigmoid(signs * logits).sum()
+    want = want / {"batchmean": 12, "mean": len(logits), "sum": 1}[reduction]
+    want = want.detach(), torch.autograd.grad(want, wide)
+    options = {"reduction": reduction, "chunk_bytes": chunk_bytes}
+    got = evaluate(pairwise_sigmoid_loss, leaves, positives=rows, **options)
+    assert max(errors(got, want)) <= 1e-13
+    rows.values.requires_grad_()
+    got = evaluate(pairwise_sigmoid_loss, leaves, positives=rows, **options)  # on whole logits
+    assert max(errors(got, want)) <= 1e-13
+
+
 def test_numbers_and_no_bias(device):
     input1, input2, *_ = draw((5, 5), device)
     got = pairwise_sigmoid_loss(input1, input2, 7.0, -2)
