@@ -48,8 +48,9 @@ struct SigmoidFocal {
 
  private:
   static FUSED_BCE_INLINE double power_of_minus_1_to(double gamma, double gamma_neg) {
-    if (gamma != gamma_neg || gamma != floor(gamma)) return NAN;
-    return gamma / 2 == floor(gamma / 2) ? 1 : -1;
+    const int whole = static_cast<int>(gamma);  // it is at most 1e6
+    if (gamma != gamma_neg || gamma != whole) return NAN;
+    return whole % 2 == 0 ? 1 : -1;
   }
 
   template <class Real>
