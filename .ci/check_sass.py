@@ -32,8 +32,8 @@ KERNELS = {
     "bfloat16, bool targets": (BCE, "13__nv_bfloat16NS_7BooleanE", 8, 36, 44),
     "float32, int64 targets": (BCE, "fl", 4, None, 45),
     "bfloat16, int64 targets": (BCE, "13__nv_bfloat16l", 8, None, 45),
-    "focal, float32": (FOCAL, "ff", 4, 200, None),
-    "focal, bfloat16": (FOCAL, "13__nv_bfloat16S2_", 8, 200, None),
+    "focal, float32": (FOCAL, "ff", 4, 180, None),
+    "focal, bfloat16": (FOCAL, "13__nv_bfloat16S2_", 8, 180, None),
 }
 LEAST_SUMS = 8
 
