@@ -92,14 +92,15 @@ def _replace(focal: bool) -> list:
         modules = [importlib.import_module(name) for name in _OF_FOCAL]
         places += [(module, functional.sigmoid_focal_loss) for module in modules]
     with _lock:
+        new = [
+            (module, ours) for module, ours in places if (module, ours.__name__) not in _originals
+        ]
         # All of them are looked up before one is replaced, for one may not be there.
         originals = {
-            place: getattr(*place)
-            for module, ours in places
-            if (place := (module, ours.__name__)) not in _originals
+            (module, ours.__name__): getattr(module, ours.__name__) for module, ours in new
         }
         _originals.update(originals)
-        for module, ours in places:
+        for module, ours in new:
             setattr(module, ours.__name__, ours)
     return [*originals]
 

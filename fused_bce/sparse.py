@@ -290,11 +290,10 @@ class SparseTarget(NamedTuple):
         return self.values is not None and self.values.is_floating_point()
 
     def count_without_nan(self) -> Tensor:
-        """How many of all N x C targets are not nan, as a number in float64."""
+        """How many of all N x C targets, which have values, are not nan, as a number in float64."""
         values = self.read_values()
+        assert values is not None
         targets = (self.offsets.shape[0] - 1) * self.num_labels
-        if values is None:
-            return self.offsets.new_full((), targets, dtype=torch.float64)
         return targets - values.isnan().sum(dtype=torch.float64)
 
     def _unread(self) -> Tensor:

@@ -44,7 +44,7 @@ def touch_constants() -> None:
 
     It loads these constants under a mask, empty for ordinary values. While nothing has ever read
     their page of memory each such load goes the processor's slow way, and log1p takes seven times
-    as long. In most processes something has; where not, torch would look slower than it is.
+    as long: until a call of another function that has its constants there, which is chance.
     """
     torch.log1p(torch.tensor([-0.0, -1.0, -2.0, math.inf] * 16))
 

@@ -71,8 +71,9 @@ struct SigmoidFocal {
     const Real a = abs(x);
     const auto [e, lost] = exp_minus_and_lost(a);
     const Real sigmoid = quotient(e, one + e);
-    // From e - e c, as in bce.h, since powers multiply its error; and products of three factors the
-    // one of e, which in the tail is put right in c for all of them.
+    // From e - e c, as in bce.h, since powers multiply its error. A product of three factors also
+    // has three times the error of e: half of it in excess, in both that are c, puts it right, in
+    // the tail, where all three are nearly e.
     const Real c = e - e * (kByProducts ? sigmoid - lost * fma(e, Real(-1.5), Real(1.5)) : sigmoid);
     const Real sp = Precision<typename Real::Scalar>::log1p(e);
     const Real u = one - t;

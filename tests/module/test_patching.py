@@ -318,6 +318,17 @@ def test_focal_of_another_torchvision(torchvision_names):
     assert torchvision_names["torchvision.ops"].sigmoid_focal_loss == "torchvision.ops"
 
 
+def test_what_another_put_there_stays(monkeypatch):
+    """Patching once more replaces nothing that was replaced already."""
+    with fused_bce.patch():
+        theirs = lambda *operands: None  # noqa: E731
+        monkeypatch.setattr(torch.nn.functional, "binary_cross_entropy_with_logits", theirs)
+        with fused_bce.patch():
+            assert torch.nn.functional.binary_cross_entropy_with_logits is theirs
+        monkeypatch.undo()
+    assert not is_patched()
+
+
 def test_one_patch_entered_twice():
     patched = fused_bce.patch()
     with patched:
