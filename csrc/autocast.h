@@ -9,14 +9,14 @@
 
 namespace fused_bce {
 
-template <class Operators, c10::DeviceType device>
+template <class Loss, c10::DeviceType device>
 at::Tensor autocast(const Operands& operands) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(device));
   Operands widened = operands;
   widened.dtype.reset();
   widened.dtype = at_least_float(dtype_of_loss(widened));
-  return Operators::call_loss(widened);
+  return call_loss<Loss>(widened);
 }
 
 // A linear layer runs in the dtype of autocast unless it is of float64. Which blocks of the weight
@@ -28,7 +28,7 @@ at::Tensor linear_autocast(const LinearOperands& operands) {
   LinearOperands cast = operands;
   if (cast.input.scalar_type() != at::kDouble)
     cast.dtype = at::autocast::get_autocast_dtype(device);
-  return LinearOperators::call_loss(cast);
+  return call_loss<Linear>(cast);
 }
 
 }  // namespace fused_bce

@@ -16,7 +16,7 @@
 
 #include <limits>
 
-#include "formulas/elementary.h"
+#include "formulas/formulas.h"
 
 namespace fused_bce {
 
@@ -56,6 +56,13 @@ Tensor smoothed_target_of(const Operands& o) {
   return t * at::rsub(*o.label_smoothing, 1) + *o.label_smoothing / 2;
 }
 
+struct Focal {
+  double alpha, gamma, gamma_neg;
+
+  explicit Focal(const Operands& o)
+      : alpha(o.parameters[0]), gamma(o.parameters[1]), gamma_neg(o.parameters[2]) {}
+};
+
 // The terms of formulas/focal.h, in the same notation, and so that all of their derivatives are
 // finite: for a hard target m is exp(-a) times `base`, whose powers have no pole.
 struct FocalTerms {
@@ -64,7 +71,7 @@ struct FocalTerms {
   Tensor power;       // m^g
 
   explicit FocalTerms(const Operands& o) : t(smoothed_target_of(o)), u(at::rsub(t, 1)) {
-    const Focal& focal = o.focal;
+    const Focal focal(o);
     const Tensor x = logits_of(o);
     negative = x < 0;
     a = at::where(negative, -x, x);  // |x|, but for its slope at 0
@@ -116,7 +123,7 @@ struct FocalTerms {
 
 // Written so that hard targets cancel nothing: (1 - t) sigmoid(x) - p t sigmoid(-x).
 Tensor slope_by_logit(const Operands& o) {
-  if (o.formula == FormulaId::kSigmoidFocal) return FocalTerms(o).slope_by_logit();
+  if (o.formula == kFormulaId<SigmoidFocal>) return FocalTerms(o).slope_by_logit();
   const Tensor x = logits_of(o);
   const Tensor t = smoothed_target_of(o);
   const Tensor positive = o.pos_weight ? widened(*o.pos_weight, o) * t : t;
@@ -125,7 +132,7 @@ Tensor slope_by_logit(const Operands& o) {
 
 // p softplus(-x) - softplus(x), which is -x without pos_weight
 Tensor slope_by_target(const Operands& o) {
-  if (o.formula == FormulaId::kSigmoidFocal) return FocalTerms(o).slope_by_target(o.focal);
+  if (o.formula == kFormulaId<SigmoidFocal>) return FocalTerms(o).slope_by_target(Focal(o));
   const Tensor x = logits_of(o);
   if (!o.pos_weight) return -x;
   return at::log_sigmoid(-x) - widened(*o.pos_weight, o) * at::log_sigmoid(x);

@@ -115,11 +115,12 @@ std::optional<Operands> ordinary_operands(PyObject* const* arguments) {
   const auto reduction = reduction_in(arguments[kReduction]);
   if (!reduction || !are_covered(input, target)) return {};
   bool left = false;
-  Operands operands{.logits = input,
-                    .target = target,
-                    .weight = weight_in(arguments[kWeight], input, left),
-                    .pos_weight = weight_in(arguments[kPosWeight], input, left),
-                    .reduction = *reduction};
+  Operands operands;
+  operands.logits = input;
+  operands.target = target;
+  operands.weight = weight_in(arguments[kWeight], input, left);
+  operands.pos_weight = weight_in(arguments[kPosWeight], input, left);
+  operands.reduction = *reduction;
   if (left) return {};
   return operands;
 }
@@ -133,7 +134,7 @@ PyObject* eager_loss(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   {
     const pybind11::gil_scoped_release no_gil;
     // Through the dispatcher: autograd, autocast, profilers and modes see the operator.
-    loss = BinaryCrossEntropyOperators::call_loss(*operands);
+    loss = call_loss<Pointwise<BinaryCrossEntropy>>(*operands);
   }
   return THPVariable_Wrap(std::move(loss));
   END_HANDLE_TH_ERRORS

@@ -6,6 +6,8 @@
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 
+#include <algorithm>
+#include <iterator>
 #include <tuple>
 
 #include "device.h"
@@ -39,14 +41,17 @@ void check_operands(const Operands& o) {
 }
 
 // Beyond a gamma of 1e6 nothing is left of any loss, and products with it might overflow.
-void check_focal(const Focal& focal) {
-  TORCH_CHECK_VALUE(focal.alpha == -1 || (0 <= focal.alpha && focal.alpha <= 1),
-                    "alpha must lie in [0, 1] or be -1, not ", focal.alpha);
-  const auto check_exponent = [](const char* name, double gamma) {
-    TORCH_CHECK_VALUE(0 <= gamma && gamma <= 1e6, name, " must lie in [0, 1e6], not be ", gamma);
+void check_parameters(const Operands& o) {
+  if (o.formula != kFormulaId<SigmoidFocal>) return;
+  const auto [alpha, gamma, gamma_neg, none] = o.parameters;
+  TORCH_CHECK_VALUE(alpha == -1 || (0 <= alpha && alpha <= 1),
+                    "alpha must lie in [0, 1] or be -1, not ", alpha);
+  const auto check_exponent = [](const char* name, double exponent) {
+    TORCH_CHECK_VALUE(0 <= exponent && exponent <= 1e6, name, " must lie in [0, 1e6], not be ",
+                      exponent);
   };
-  check_exponent("gamma", focal.gamma);
-  check_exponent("gamma_neg", focal.gamma_neg);
+  check_exponent("gamma", gamma);
+  check_exponent("gamma_neg", gamma_neg);
 }
 
 // Compared in float32, which holds all integers up to there.
@@ -73,8 +78,8 @@ struct Call {
     TORCH_CHECK_VALUE(o.reduction >= 0 && o.reduction < at::Reduction::END, o.reduction,
                       " is not a valid value for reduction");
     problem.formula = o.formula;
-    check_focal(o.focal);
-    problem.focal = o.focal;
+    check_parameters(o);
+    std::copy(std::begin(o.parameters), std::end(o.parameters), problem.parameters);
     problem.reduction = static_cast<Reduction>(o.reduction);
     problem.numel = anchor.numel();
     problem.logits.dtype = dtype_of("logits", logits.scalar_type());
@@ -249,7 +254,7 @@ void scale_(Tensor& grad_logits, const Tensor& grad_loss, bool zero_stays) {
   scale_cpu(scaling, grad_logits.numel());
 }
 
-Tensor backward(const Tensor& grad_loss, const Operands& o) {
+Tensor backward(const Operands& o, const Tensor& grad_loss) {
   check_operands(o);
   const Tensor& logits = o.logits;
   const bool none = o.reduction == at::Reduction::None;

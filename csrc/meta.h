@@ -27,7 +27,7 @@ inline std::tuple<at::Tensor, at::Tensor> forward_with_grad(const Operands& o) {
   return {meta::forward(o), at::empty_like(o.logits)};
 }
 
-inline at::Tensor backward(const at::Tensor&, const Operands& o) {
+inline at::Tensor backward(const Operands& o, const at::Tensor&) {
   return at::empty_like(o.logits);
 }
 
@@ -51,7 +51,7 @@ inline LinearLoss linear_loss(const LinearOperands& o, Wanted wanted,
 }
 
 inline at::Tensor linear_loss_only(const LinearOperands& o) {
-  return meta::linear_loss(o, {}, {}).loss;
+  return std::get<0>(meta::linear_loss(o, {}, {}));
 }
 
 }  // namespace fused_bce::meta

@@ -1,138 +1,135 @@
-// The argument lists of the operators: what the dispatcher calls, and calls through it, where
-// tracers and subclasses see them. They stand here only; everything else has Operands.
+// Operators from a struct of arguments in the order of their schema: what the dispatcher calls,
+// and calls through it, where tracers and subclasses see them.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <string>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 
+#include "formulas/formulas.h"
 #include "ops.h"
 
 namespace fused_bce {
 
 template <class Signature>
-auto find_operator(const char* name) {
-  const std::string full_name = std::string("fused_bce::") + name;
+auto find_operator(const std::string& name) {
   return c10::Dispatcher::singleton()
-      .findSchemaOrThrow(full_name.c_str(), "")
+      .findSchemaOrThrow(("fused_bce::" + name).c_str(), "")
       .template typed<Signature>();
 }
 
-// Those of one loss: its names, and its Own arguments between weight and reduction.
-template <class Loss, class... Own>
-struct Operators : Loss {
-  using Tensor = at::Tensor;
+template <class T>
+constexpr bool kIsTensor = std::is_same_v<T, at::Tensor> || std::is_same_v<T, OptionalTensor>;
 
-  // What the dispatcher calls, around a function of Operands
-  template <Tensor (*run)(const Operands&)>
-  static Tensor loss(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                     Own... own, int64_t reduction, OptionalDtype dtype,
-                     const OptionalTensor& label_smoothing, OptionalIndex ignore_index,
-                     bool ignore_nan, const OptionalTensor& divisor, bool recompute) {
-    return run(operands(logits, target, weight, own..., reduction, dtype, label_smoothing,
-                        ignore_index, ignore_nan, divisor, recompute));
+// How the dispatcher passes an argument of this type
+template <class T>
+using Passed = std::conditional_t<kIsTensor<T>, const T&, T>;
+
+// The operators of a loss, which has Arguments, empty() ones, and their order as tie(arguments).
+// Other arguments of an operator come before those of the loss.
+template <class Loss, class Tied = decltype(Loss::tie(std::declval<typename Loss::Arguments&>()))>
+struct Operators;
+
+template <class Loss, class... Fields>
+struct Operators<Loss, std::tuple<Fields&...>> {
+  using Arguments = typename Loss::Arguments;
+
+  // What the dispatcher calls, around run(arguments, others...)
+  template <auto run>
+  struct Kernel;
+
+  template <class Result, class... Others, Result (*run)(const Arguments&, Others...)>
+  struct Kernel<run> {
+    static Result call(Others... others, Passed<Fields>... fields) {
+      Arguments arguments = Loss::empty();
+      Loss::tie(arguments) = std::tie(fields...);
+      return run(arguments, others...);
+    }
+  };
+
+  template <class Result, class... Others>
+  static auto find(const std::string& name) {
+    return find_operator<Result(Others..., Passed<Fields>...)>(name);
   }
 
-  template <std::tuple<Tensor, Tensor> (*run)(const Operands&)>
-  static std::tuple<Tensor, Tensor> loss_and_grad(const Tensor& logits, const Tensor& target,
-                                                  const OptionalTensor& weight, Own... own,
-                                                  int64_t reduction, OptionalDtype dtype,
-                                                  const OptionalTensor& label_smoothing,
-                                                  OptionalIndex ignore_index, bool ignore_nan,
-                                                  const OptionalTensor& divisor) {
-    return run(operands(logits, target, weight, own..., reduction, dtype, label_smoothing,
-                        ignore_index, ignore_nan, divisor, false));
+  template <class Operator, class... Others>
+  static auto call(const Operator& op, const Arguments& arguments, const Others&... others) {
+    return std::apply([&](const auto&... fields) { return op.call(others..., fields...); },
+                      Loss::tie(arguments));
+  }
+};
+
+template <class Loss, auto run>
+constexpr auto* kKernel = &Operators<Loss>::template Kernel<run>::call;
+
+// The loss through the dispatcher
+template <class Loss>
+at::Tensor call_loss(const typename Loss::Arguments& arguments) {
+  static const auto op = Operators<Loss>::template find<at::Tensor>(Loss::kName);
+  return Operators<Loss>::call(op, arguments);
+}
+
+using TensorPair = std::tuple<at::Tensor, at::Tensor>;
+
+// A loss of single elements. Its operators take what its formula takes between the operands and
+// what all losses take.
+template <class Formula>
+struct Pointwise {
+  using Arguments = Operands;
+
+  static constexpr const char* kName = Formula::kName;
+  static std::string with_grad() { return std::string("_") + kName + "_with_grad"; }
+  static std::string backward() { return std::string("_") + kName + "_backward"; }
+  static std::string differentiable_backward() {
+    return std::string("_") + kName + "_differentiable_backward";
   }
 
-  template <Tensor (*run)(const Tensor&, const Operands&)>
-  static Tensor grad(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
-                     const OptionalTensor& weight, Own... own, int64_t reduction,
-                     const OptionalTensor& label_smoothing, OptionalIndex ignore_index,
-                     bool ignore_nan, const OptionalTensor& divisor) {
-    return run(grad_loss, operands(logits, target, weight, own..., reduction, std::nullopt,
-                                   label_smoothing, ignore_index, ignore_nan, divisor, false));
+  static std::string schema() {
+    const std::string pos_weight = Formula::kTakesPosWeight ? "Tensor? pos_weight=None, " : "";
+    return "Tensor logits, Tensor target, Tensor? weight=None, " + pos_weight +
+           Formula::kSchemaOfParameters + LossOptions::kSchema + ", bool recompute=False";
   }
 
-  // Calls through it
-  static Tensor call_loss(const Operands& o) {
-    static const auto op = find_operator<decltype(loss<nullptr>)>(Loss::kLoss);
-    return with_own(o, [&](const auto&... own) {
-      return op.call(o.logits, o.target, o.weight, own..., o.reduction, o.dtype, o.label_smoothing,
-                     o.ignore_index, o.ignore_nan, o.divisor, o.recompute);
-    });
+  template <class O>
+  static auto tie(O& o) {
+    return std::tuple_cat(std::tie(o.logits, o.target, o.weight), tie_pos_weight(o),
+                          tie_parameters(o, std::make_index_sequence<Formula::kNumParameters>()),
+                          LossOptions::tie(o), std::tie(o.recompute));
   }
 
-  static std::tuple<Tensor, Tensor> call_loss_and_grad(const Operands& o) {
-    static const auto op = find_operator<decltype(loss_and_grad<nullptr>)>(Loss::kLossAndGrad);
-    return with_own(o, [&](const auto&... own) {
-      return op.call(o.logits, o.target, o.weight, own..., o.reduction, o.dtype, o.label_smoothing,
-                     o.ignore_index, o.ignore_nan, o.divisor);
-    });
-  }
-
-  static Tensor call_backward(const Tensor& grad_loss, const Operands& o) {
-    static const auto op = find_operator<decltype(grad<nullptr>)>(Loss::kBackward);
-    return with_own(o, [&](const auto&... own) {
-      return op.call(grad_loss, o.logits, o.target, o.weight, own..., o.reduction,
-                     o.label_smoothing, o.ignore_index, o.ignore_nan, o.divisor);
-    });
-  }
-
- private:
-  static Operands operands(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                           Own... own, int64_t reduction, OptionalDtype dtype,
-                           const OptionalTensor& label_smoothing, OptionalIndex ignore_index,
-                           bool ignore_nan, const OptionalTensor& divisor, bool recompute) {
-    Operands o{.formula = Loss::kFormula,
-               .logits = logits,
-               .target = target,
-               .weight = weight,
-               .reduction = reduction,
-               .dtype = dtype,
-               .label_smoothing = label_smoothing,
-               .ignore_index = ignore_index,
-               .ignore_nan = ignore_nan,
-               .divisor = divisor,
-               .recompute = recompute};
-    Loss::own(o) = std::tie(own...);
+  static Operands empty() {
+    Operands o;
+    o.formula = kFormulaId<Formula>;
     return o;
   }
 
-  template <class F>
-  static auto with_own(const Operands& o, const F& f) {
-    return std::apply(f, Loss::own(o));
+  static TensorPair call_with_grad(const Operands& o) {
+    static const auto op = Operators<Pointwise>::template find<TensorPair>(with_grad());
+    return Operators<Pointwise>::call(op, o);
   }
-};
 
-struct BinaryCrossEntropyNames {
-  static constexpr FormulaId kFormula = FormulaId::kBinaryCrossEntropy;
-  static constexpr const char* kLoss = "binary_cross_entropy_with_logits";
-  static constexpr const char* kLossAndGrad = "forward_with_grad";
-  static constexpr const char* kBackward = "backward";
-  static constexpr const char* kDifferentiableBackward = "differentiable_backward";
+  static at::Tensor call_backward(const Operands& o, const at::Tensor& grad_loss) {
+    static const auto op =
+        Operators<Pointwise>::template find<at::Tensor, const at::Tensor&>(backward());
+    return Operators<Pointwise>::call(op, o, grad_loss);
+  }
 
+ private:
   template <class O>
-  static auto own(O& operands) {
-    return std::tie(operands.pos_weight);
+  static auto tie_pos_weight(O& o) {
+    if constexpr (Formula::kTakesPosWeight)
+      return std::tie(o.pos_weight);
+    else
+      return std::tuple<>();
+  }
+
+  template <class O, size_t... i>
+  static auto tie_parameters(O& o, std::index_sequence<i...>) {
+    return std::tie(o.parameters[i]...);
   }
 };
-
-struct SigmoidFocalNames {
-  static constexpr FormulaId kFormula = FormulaId::kSigmoidFocal;
-  static constexpr const char* kLoss = "sigmoid_focal_loss";
-  static constexpr const char* kLossAndGrad = "sigmoid_focal_loss_with_grad";
-  static constexpr const char* kBackward = "sigmoid_focal_loss_backward";
-  static constexpr const char* kDifferentiableBackward =
-      "sigmoid_focal_loss_differentiable_backward";
-
-  template <class O>
-  static auto own(O& operands) {
-    return std::tie(operands.focal.alpha, operands.focal.gamma, operands.focal.gamma_neg);
-  }
-};
-
-using BinaryCrossEntropyOperators = Operators<BinaryCrossEntropyNames, const OptionalTensor&>;
-using SigmoidFocalOperators = Operators<SigmoidFocalNames, double, double, double>;
 
 }  // namespace fused_bce

@@ -10,7 +10,12 @@
 #include <optional>
 #include <tuple>
 
+#include "formulas/formulas.h"
 #include "problem.h"
+
+namespace torch {
+class Library;
+}
 
 namespace fused_bce {
 
@@ -18,15 +23,14 @@ using OptionalTensor = std::optional<at::Tensor>;
 using OptionalDtype = std::optional<at::ScalarType>;
 using OptionalIndex = std::optional<int64_t>;
 
-// What a loss is called with.
-struct Operands {
-  FormulaId formula = FormulaId::kBinaryCrossEntropy;
-  at::Tensor logits, target;
-  OptionalTensor weight = {};
-  OptionalTensor pos_weight = {};  // of binary cross entropy
-  Focal focal = {};                // of the focal loss
+// What every loss takes beside its operands.
+struct LossOptions {
+  static constexpr const char* kSchema =
+      "int reduction=1, ScalarType? dtype=None, Tensor? label_smoothing=None, "
+      "int? ignore_index=None, bool ignore_nan=False, Tensor? divisor=None";
+
   int64_t reduction = at::Reduction::Mean;
-  // Of the loss: see dtype_of_loss.
+  // Of the loss: see dtype_of_loss. Of a linear layer's logits.
   OptionalDtype dtype = {};
   // A number, in a tensor because a float would become a constant of a compiled graph.
   OptionalTensor label_smoothing = {};
@@ -34,17 +38,32 @@ struct Operands {
   bool ignore_nan = false;
   // Of mean: the number of targets that are not ignored if absent.
   OptionalTensor divisor = {};
-  // For autograd: whether the gradient waits for backward.
-  bool recompute = false;
 
   bool ignores() const { return ignore_index || ignore_nan; }
+
+  template <class O>
+  static auto tie(O& o) {
+    return std::tie(o.reduction, o.dtype, o.label_smoothing, o.ignore_index, o.ignore_nan,
+                    o.divisor);
+  }
+};
+
+// What a pointwise loss is called with.
+struct Operands : LossOptions {
+  int formula = 0;  // see kFormulaId
+  at::Tensor logits, target;
+  OptionalTensor weight;
+  OptionalTensor pos_weight;
+  Parameters parameters = {};
+  // For autograd: whether the gradient waits for backward.
+  bool recompute = false;
 };
 
 // losses.cpp: on dense operands of the CPU and, with CUDA, of a GPU. The loss; with it the gradient
 // of the logits for grad_loss = 1; and that gradient alone, for any grad_loss.
 at::Tensor forward(const Operands& operands);
 std::tuple<at::Tensor, at::Tensor> forward_with_grad(const Operands& operands);
-at::Tensor backward(const at::Tensor& grad_loss, const Operands& operands);
+at::Tensor backward(const Operands& operands, const at::Tensor& grad_loss);
 // The loss; its gradient takes the place of the logits.
 at::Tensor forward_over_logits(const Operands& operands);
 // How many targets are not ignored, a float64 number.
@@ -53,19 +72,20 @@ at::Tensor count_kept(const at::Tensor& target, OptionalIndex ignore_index, bool
 // is.
 void scale_(at::Tensor& grad_logits, const at::Tensor& grad_loss, bool zero_stays);
 
-// autograd.cpp
-at::Tensor autograd(const Operands& operands);
-// What backward is in torch's operations, hence differentiable.
-at::Tensor differentiable_backward(const at::Tensor& grad_loss, const Operands& operands);
+// autograd.cpp. What backward is in torch's operations, hence differentiable.
+at::Tensor differentiable_backward(const Operands& operands, const at::Tensor& grad_loss);
+// The pointwise losses with their gradients
+void register_autograd(torch::Library& library);
+
 inline bool is_integer(at::ScalarType type) {
   return at::isIntegralType(type, /*includeBool=*/true);
 }
 
-// If nobody asks for another, that of the target, as torch's loss has it; for the focal loss the
-// wider one of both, as torchvision's does. Integers have no say.
+// If nobody asks for another, that of the target for cross entropy, as torch's loss has it; for
+// other losses the wider one of both, as torchvision's focal loss does. Integers have no say.
 inline at::ScalarType dtype_of_loss(const Operands& o) {
   if (o.dtype) return *o.dtype;
-  if (o.formula == FormulaId::kSigmoidFocal)
+  if (o.formula != kFormulaId<BinaryCrossEntropy>)
     return at::promoteTypes(o.logits.scalar_type(), o.target.scalar_type());
   return is_integer(o.target.scalar_type()) ? o.logits.scalar_type() : o.target.scalar_type();
 }

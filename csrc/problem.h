@@ -24,13 +24,9 @@ struct Broadcast {
   int64_t stride = 0;
 };
 
-// What an element's loss is: formulas/formulas.h.
-enum class FormulaId : uint8_t { kBinaryCrossEntropy, kSigmoidFocal };
-
-// Of the focal loss: formulas/focal.h.
-struct Focal {
-  double alpha = -1, gamma = 0, gamma_neg = 0;
-};
+// The numbers that a formula has of its own, in the order of its schema: formulas/formulas.h.
+constexpr int kMostParameters = 4;
+using Parameters = double[kMostParameters];
 
 enum class Reduction : uint8_t { kNone, kMean, kSum };
 
@@ -44,7 +40,7 @@ struct Ignored {
 
 // The arithmetic is done in double if logits or target are float64, else in float.
 struct Problem {
-  FormulaId formula = FormulaId::kBinaryCrossEntropy;
+  int formula = 0;  // see kFormulaId
   int64_t numel = 0;
   Dense logits;
   Dense target;
@@ -72,7 +68,7 @@ struct Problem {
   // arithmetic; every other gradient is rounded first, as one is that was stored in forward, and
   // scaled then: see Scaling.
   Broadcast grad_loss;
-  Focal focal;
+  Parameters parameters = {};
 };
 
 inline bool has_extras(const Problem& p) {

@@ -18,122 +18,101 @@ constexpr c10::DispatchKey kBackends[] = {
 #endif
 };
 
-// Never destroyed: nobody unloads an extension module.
+// Never destroyed: an extension module is never unloaded.
 torch::Library& library(torch::Library::Kind kind, std::optional<c10::DispatchKey> key) {
   return *new torch::Library(kind, "fused_bce", key, __FILE__, __LINE__);
 }
 
 torch::Library& implementations(c10::DispatchKey key) { return library(torch::Library::IMPL, key); }
 
-// What runs for the operators of one loss.
+// The operators of a pointwise loss
+template <class Loss>
+void define(torch::Library& definitions) {
+  const auto def = [&](const std::string& name, const std::string& others,
+                       const std::string& results) {
+    definitions.def((name + "(" + others + Loss::schema() + ") -> " + results).c_str());
+  };
+  def(Loss::kName, "", "Tensor");
+  def(Loss::with_grad(), "", "(Tensor loss, Tensor grad_logits)");
+  def(Loss::backward(), "Tensor grad_loss, ", "Tensor");
+  def(Loss::differentiable_backward(), "Tensor grad_loss, ", "Tensor");
+}
+
 template <class Loss>
 void implement() {
   for (const auto key : kBackends) {
     torch::Library& backend = implementations(key);
-    backend.impl(Loss::kLoss, &Loss::template loss<forward>);
-    backend.impl(Loss::kLossAndGrad, &Loss::template loss_and_grad<forward_with_grad>);
-    backend.impl(Loss::kBackward, &Loss::template grad<backward>);
+    backend.impl(Loss::kName, kKernel<Loss, forward>);
+    backend.impl(Loss::with_grad().c_str(), kKernel<Loss, forward_with_grad>);
+    backend.impl(Loss::backward().c_str(), kKernel<Loss, backward>);
   }
   torch::Library& meta = implementations(c10::DispatchKey::Meta);
-  meta.impl(Loss::kLoss, &Loss::template loss<meta::forward>);
-  meta.impl(Loss::kLossAndGrad, &Loss::template loss_and_grad<meta::forward_with_grad>);
-  meta.impl(Loss::kBackward, &Loss::template grad<meta::backward>);
+  meta.impl(Loss::kName, kKernel<Loss, meta::forward>);
+  meta.impl(Loss::with_grad().c_str(), kKernel<Loss, meta::forward_with_grad>);
+  meta.impl(Loss::backward().c_str(), kKernel<Loss, meta::backward>);
 
-  implementations(c10::DispatchKey::Autograd).impl(Loss::kLoss, &Loss::template loss<autograd>);
   implementations(c10::DispatchKey::AutocastCPU)
-      .impl(Loss::kLoss, &Loss::template loss<autocast<Loss, c10::kCPU>>);
+      .impl(Loss::kName, kKernel<Loss, autocast<Loss, c10::kCPU>>);
   implementations(c10::DispatchKey::AutocastCUDA)
-      .impl(Loss::kLoss, &Loss::template loss<autocast<Loss, c10::kCUDA>>);
+      .impl(Loss::kName, kKernel<Loss, autocast<Loss, c10::kCUDA>>);
   implementations(c10::DispatchKey::CompositeImplicitAutograd)
-      .impl(Loss::kDifferentiableBackward, &Loss::template grad<differentiable_backward>);
+      .impl(Loss::differentiable_backward().c_str(), kKernel<Loss, differentiable_backward>);
 }
 
-void implement_linear() {
-  using Head = LinearOperators;
+template <class... Formula>
+void define_and_implement(torch::Library& definitions, FormulaList<Formula...>) {
+  (define<Pointwise<Formula>>(definitions), ...);
+  (implement<Pointwise<Formula>>(), ...);
+}
+
+void define_and_implement_linear(torch::Library& definitions) {
+  const auto def = [&](const std::string& name, const std::string& others,
+                       const std::string& results) {
+    definitions.def((name + "(" + others + Linear::schema() + ") -> " + results).c_str());
+  };
+  def(Linear::kName, "", "Tensor");
+  def(Linear::kWithGrads, "bool[3] wanted, Tensor? grad_loss, ",
+      "(Tensor loss, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  def(Linear::kDifferentiableBackward, "bool[3] wanted, Tensor grad_loss, ",
+      "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+
   for (const auto key : kBackends) {
     torch::Library& backend = implementations(key);
-    backend.impl(Head::kLoss, &Head::loss<linear_loss_only>);
-    backend.impl(Head::kLossAndGrads, &Head::loss_and_grads<linear_loss>);
+    backend.impl(Linear::kName, kKernel<Linear, linear_loss_only>);
+    backend.impl(Linear::kWithGrads, kKernel<Linear, linear_loss>);
   }
   torch::Library& meta = implementations(c10::DispatchKey::Meta);
-  meta.impl(Head::kLoss, &Head::loss<meta::linear_loss_only>);
-  meta.impl(Head::kLossAndGrads, &Head::loss_and_grads<meta::linear_loss>);
+  meta.impl(Linear::kName, kKernel<Linear, meta::linear_loss_only>);
+  meta.impl(Linear::kWithGrads, kKernel<Linear, meta::linear_loss>);
 
-  implementations(c10::DispatchKey::Autograd).impl(Head::kLoss, &Head::loss<linear_autograd>);
+  implementations(c10::DispatchKey::Autograd).impl(Linear::kName, kKernel<Linear, linear_autograd>);
   implementations(c10::DispatchKey::AutocastCPU)
-      .impl(Head::kLoss, &Head::loss<linear_autocast<c10::kCPU>>);
+      .impl(Linear::kName, kKernel<Linear, linear_autocast<c10::kCPU>>);
   implementations(c10::DispatchKey::AutocastCUDA)
-      .impl(Head::kLoss, &Head::loss<linear_autocast<c10::kCUDA>>);
+      .impl(Linear::kName, kKernel<Linear, linear_autocast<c10::kCUDA>>);
   implementations(c10::DispatchKey::CompositeImplicitAutograd)
-      .impl(Head::kDifferentiableBackward, &Head::grads<linear_derivatives>);
+      .impl(Linear::kDifferentiableBackward, kKernel<Linear, linear_derivatives>);
 }
 
 }  // namespace
 
 void register_ops() {
   torch::Library& definitions = library(torch::Library::DEF, std::nullopt);
-  definitions.def(
-      "binary_cross_entropy_with_logits(Tensor logits, Tensor target, Tensor? weight=None, "
-      "Tensor? pos_weight=None, int reduction=1, ScalarType? dtype=None, "
-      "Tensor? label_smoothing=None, int? ignore_index=None, bool ignore_nan=False, "
-      "Tensor? divisor=None, bool recompute=False) -> Tensor");
-  definitions.def(
-      "forward_with_grad(Tensor logits, Tensor target, Tensor? weight, Tensor? pos_weight, "
-      "int reduction, ScalarType? dtype=None, Tensor? label_smoothing=None, "
-      "int? ignore_index=None, bool ignore_nan=False, Tensor? divisor=None) "
-      "-> (Tensor loss, Tensor grad_logits)");
-  definitions.def(
-      "backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, "
-      "Tensor? pos_weight, int reduction, Tensor? label_smoothing=None, int? ignore_index=None, "
-      "bool ignore_nan=False, Tensor? divisor=None) -> Tensor");
-  definitions.def(
-      "differentiable_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, "
-      "Tensor? pos_weight, int reduction, Tensor? label_smoothing=None, int? ignore_index=None, "
-      "bool ignore_nan=False, Tensor? divisor=None) -> Tensor");
-  definitions.def(
-      "sigmoid_focal_loss(Tensor logits, Tensor target, Tensor? weight, float alpha, float gamma, "
-      "float gamma_neg, int reduction, ScalarType? dtype=None, Tensor? label_smoothing=None, "
-      "int? ignore_index=None, bool ignore_nan=False, Tensor? divisor=None, bool recompute=False) "
-      "-> Tensor");
-  definitions.def(
-      "sigmoid_focal_loss_with_grad(Tensor logits, Tensor target, Tensor? weight, float alpha, "
-      "float gamma, float gamma_neg, int reduction, ScalarType? dtype=None, "
-      "Tensor? label_smoothing=None, int? ignore_index=None, bool ignore_nan=False, "
-      "Tensor? divisor=None) -> (Tensor loss, Tensor grad_logits)");
-  definitions.def(
-      "sigmoid_focal_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, "
-      "float alpha, float gamma, float gamma_neg, int reduction, Tensor? label_smoothing=None, "
-      "int? ignore_index=None, bool ignore_nan=False, Tensor? divisor=None) -> Tensor");
-  definitions.def(
-      "sigmoid_focal_loss_differentiable_backward(Tensor grad_loss, Tensor logits, Tensor target, "
-      "Tensor? weight, float alpha, float gamma, float gamma_neg, int reduction, "
-      "Tensor? label_smoothing=None, int? ignore_index=None, bool ignore_nan=False, "
-      "Tensor? divisor=None) -> Tensor");
-  const std::string linear =
-      "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
-      "Tensor? offsets=None, Tensor? values=None, Tensor? weight=None, Tensor? pos_weight=None, "
-      "int reduction=1, ScalarType? dtype=None, Tensor? label_smoothing=None, "
-      "int? ignore_index=None, bool ignore_nan=False, Tensor? divisor=None, int chunk_bytes=0) -> ";
-  const auto def = [&](const std::string& schema) { definitions.def(schema.c_str()); };
-  def("linear_binary_cross_entropy_with_logits(" + linear + "Tensor");
-  def("linear_binary_cross_entropy_with_grads(bool[3] wanted, Tensor? grad_loss, " + linear +
-      "(Tensor loss, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
-  def("linear_binary_cross_entropy_differentiable_backward(bool[3] wanted, Tensor grad_loss, " +
-      linear + "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
-  definitions.def("count_kept(Tensor target, int? ignore_index, bool ignore_nan=False) -> Tensor");
-  definitions.def("scale_(Tensor(a!) grad_logits, Tensor grad_loss, bool zero_stays=False) -> ()");
+  define_and_implement(definitions, Formulas());
+  define_and_implement_linear(definitions);
+  register_autograd(implementations(c10::DispatchKey::Autograd));
 
-  implement<BinaryCrossEntropyOperators>();
-  implement<SigmoidFocalOperators>();
-  implement_linear();
+  definitions.def(
+      "_count_unignored(Tensor target, int? ignore_index, bool ignore_nan=False) -> Tensor");
+  definitions.def("_scale_(Tensor(a!) grad_logits, Tensor grad_loss, bool zero_stays=False) -> ()");
   for (const auto key : kBackends) {
     torch::Library& backend = implementations(key);
-    backend.impl("count_kept", &count_kept);
-    backend.impl("scale_", &scale_);
+    backend.impl("_count_unignored", &count_kept);
+    backend.impl("_scale_", &scale_);
   }
   torch::Library& meta = implementations(c10::DispatchKey::Meta);
-  meta.impl("count_kept", &meta::count_kept);
-  meta.impl("scale_", &meta::scale_);
+  meta.impl("_count_unignored", &meta::count_kept);
+  meta.impl("_scale_", &meta::scale_);
 }
 
 }  // namespace fused_bce

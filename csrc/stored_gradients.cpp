@@ -34,7 +34,7 @@ Tensor scaled(Tensor stored, const Tensor& grad_loss, bool zero_stays) {
     return shared || zero_stays ? scaled_by_torch(stored, grad_loss, zero_stays)
                                 : stored.mul_(factor_for(stored, grad_loss));
   if (shared) stored = stored.clone();
-  static const auto scale = find_operator<decltype(scale_)>("scale_");
+  static const auto scale = find_operator<decltype(scale_)>("_scale_");
   scale.call(stored, grad_loss, zero_stays);
   return stored;
 }

@@ -106,9 +106,11 @@ def _reduced(
     return total.to(dtype)
 
 
-@_lowers(ops.backward.default)
+@_lowers(ops._binary_cross_entropy_with_logits_backward.default)
 def _grad(*operands, **named):
-    return _composite(ops.differentiable_backward.default, *operands, **named)
+    return _composite(
+        ops._binary_cross_entropy_with_logits_differentiable_backward.default, *operands, **named
+    )
 
 
 def _composite(op, *operands, **named):
@@ -117,22 +119,21 @@ def _composite(op, *operands, **named):
     return op._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *operands, **named)
 
 
-@_lowers(ops.forward_with_grad.default)
-def _loss_and_grad(logits, target, weight, pos_weight, reduction, dtype=None, *extras, **named):
-    loss = _loss(logits, target, weight, pos_weight, reduction, dtype, *extras, **named)
-    operands = (torch.ones_like(loss), logits, target, weight, pos_weight, reduction)
-    return loss, _grad(*operands, *extras, **named)
+@_lowers(ops._binary_cross_entropy_with_logits_with_grad.default)
+def _loss_and_grad(*operands, **named):
+    loss = _loss(*operands, **named)
+    return loss, _grad(torch.ones_like(loss), *operands, **named)
 
 
 @_lowers(ops.sigmoid_focal_loss.default)
 def _focal_loss(
     logits,
     target,
-    weight,
-    alpha,
-    gamma,
-    gamma_neg,
-    reduction,
+    weight=None,
+    alpha=0.25,
+    gamma=2.0,
+    gamma_neg=2.0,
+    reduction=1,
     dtype=None,
     label_smoothing=None,
     ignore_index=None,
@@ -165,18 +166,15 @@ def _focal_loss(
     )
 
 
-@_lowers(ops.sigmoid_focal_loss_backward.default)
+@_lowers(ops._sigmoid_focal_loss_backward.default)
 def _focal_grad(*operands, **named):
-    return _composite(ops.sigmoid_focal_loss_differentiable_backward.default, *operands, **named)
+    return _composite(ops._sigmoid_focal_loss_differentiable_backward.default, *operands, **named)
 
 
-@_lowers(ops.sigmoid_focal_loss_with_grad.default)
-def _focal_loss_and_grad(
-    logits, target, weight, alpha, gamma, gamma_neg, reduction, dtype=None, *extras, **named
-):
-    operands = (logits, target, weight, alpha, gamma, gamma_neg, reduction)
-    loss = _focal_loss(*operands, dtype, *extras, **named)
-    return loss, _focal_grad(torch.ones_like(loss), *operands, *extras, **named)
+@_lowers(ops._sigmoid_focal_loss_with_grad.default)
+def _focal_loss_and_grad(*operands, **named):
+    loss = _focal_loss(*operands, **named)
+    return loss, _focal_grad(torch.ones_like(loss), *operands, **named)
 
 
 @_lowers(ops.linear_binary_cross_entropy_with_logits.default)
@@ -207,12 +205,12 @@ def _linear_loss(
     return _loss(logits, target, weight, pos_weight, reduction, wide, *extras[:4], **named)
 
 
-@_lowers(ops.linear_binary_cross_entropy_with_grads.default)
+@_lowers(ops._linear_binary_cross_entropy_with_grads.default)
 def _linear_loss_and_grads(wanted, grad_loss, input, linear_weight, linear_bias, *rest, **named):
     operands = input, linear_weight, linear_bias, *rest
     loss = _linear_loss(*operands, **named)
     grads = _composite(
-        ops.linear_binary_cross_entropy_differentiable_backward.default,
+        ops._linear_binary_cross_entropy_differentiable_backward.default,
         wanted,
         torch.ones_like(loss) if grad_loss is None else grad_loss,
         *operands,
@@ -226,7 +224,7 @@ def _linear_loss_and_grads(wanted, grad_loss, input, linear_weight, linear_bias,
     )
 
 
-@_lowers(ops.count_kept.default)
+@_lowers(ops._count_unignored.default)
 def _count(target, ignore_index, ignore_nan=False):
     return (~_ignored(target, ignore_index, ignore_nan)).sum(dtype=torch.float64)
 

@@ -155,7 +155,7 @@ class PairwiseOperands(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The loss, and its gradients in float32 or float64 for those that are wanted."""
         target = _target(positives, self.scaled, input2)
-        return ops.linear_binary_cross_entropy_with_grads(
+        return ops._linear_binary_cross_entropy_with_grads(
             wanted,
             None,
             self.scaled,

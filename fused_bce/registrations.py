@@ -79,13 +79,13 @@ def _register_sharding() -> None:
             ]
 
     register(ops.binary_cross_entropy_with_logits.default, "loss")
-    register(ops.forward_with_grad.default, "loss", "grad_logits")
-    register(ops.backward.default, "grad_logits")
+    register(ops._binary_cross_entropy_with_logits_with_grad.default, "loss", "grad_logits")
+    register(ops._binary_cross_entropy_with_logits_backward.default, "grad_logits")
     register(ops.sigmoid_focal_loss.default, "loss")
-    register(ops.sigmoid_focal_loss_with_grad.default, "loss", "grad_logits")
-    register(ops.sigmoid_focal_loss_backward.default, "grad_logits")
+    register(ops._sigmoid_focal_loss_with_grad.default, "loss", "grad_logits")
+    register(ops._sigmoid_focal_loss_backward.default, "grad_logits")
 
-    @register_sharding(ops.count_kept.default)
+    @register_sharding(ops._count_unignored.default)
     def _(target, ignore_index, ignore_nan=False):
         return [
             ([Replicate()], [Replicate(), None, None]),

@@ -59,4 +59,4 @@ def divisor_operand(
         return None
     if ignore_index is None:
         return torch.full((), input.numel(), dtype=torch.float64, device=input.device)
-    return whole(ops.count_kept(target.detach(), *index_or_nan(ignore_index)))
+    return whole(ops._count_unignored(target.detach(), *index_or_nan(ignore_index)))

@@ -117,5 +117,5 @@ class _Shards:
             # Of nothing it is nan, as a divisor of 0 would count as 1.
             beside = target.offsets if isinstance(target, SparseTarget) else target
             return scalar_operand(elements if elements != 0 else math.nan, beside)
-        kept = ops.count_kept(self.distributed(target).detach(), *ignored)
+        kept = ops._count_unignored(self.distributed(target).detach(), *ignored)
         return cast(DTensor, whole(kept)).to_local()

@@ -16,6 +16,10 @@ namespace fused_bce {
 //   grad = sign(x) w m^g (q - c + g (q - l) c (1 - c) ce / m)
 // For a hard target m is c or 1 - c, no division is left, and both terms have the same sign.
 struct SigmoidFocal {
+  static constexpr const char* kName = "sigmoid_focal_loss";
+  static constexpr const char* kSchemaOfParameters =
+      "float alpha=0.25, float gamma=2, float gamma_neg=2, ";
+  static constexpr int kNumParameters = 3;
   static constexpr bool kTakesPosWeight = false;
 
   BinaryCrossEntropy bce;
@@ -26,11 +30,14 @@ struct SigmoidFocal {
   bool plain, by_products;
 
   FUSED_BCE_INLINE explicit SigmoidFocal(const Problem& p)
+      : SigmoidFocal(p, p.parameters[0], p.parameters[1], p.parameters[2]) {}
+
+  FUSED_BCE_INLINE SigmoidFocal(const Problem& p, double alpha, double gamma_, double gamma_neg_)
       : bce(p),
-        of_positives(p.focal.alpha < 0 ? 1 : p.focal.alpha),
-        of_negatives(p.focal.alpha < 0 ? 1 : 1 - p.focal.alpha),
-        gamma(p.focal.gamma),
-        gamma_neg(p.focal.gamma_neg),
+        of_positives(alpha < 0 ? 1 : alpha),
+        of_negatives(alpha < 0 ? 1 : 1 - alpha),
+        gamma(gamma_),
+        gamma_neg(gamma_neg_),
         power_of_minus_1(power_of_minus_1_to(gamma, gamma_neg)),
         plain(gamma == 0 && gamma_neg == 0),
         // Beyond 2 the errors of m add up to more than those of its exponential.

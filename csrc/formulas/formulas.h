@@ -1,26 +1,45 @@
-// The formulas that the kernels' loops go around. A new one costs a header like bce.h, its name in
-// problem.h, and a line below.
-//
-// A formula is made of a Problem, from which it may take parameters. evaluate<kHasPosWeight>(x, t,
-// p) gives the loss and its derivative for a logit, a target and, if there is one, a pos_weight;
-// where a kernel is compiled without, p is 1. kTakesPosWeight says whether there ever is one.
+// The formulas that the kernels' loops go around. A new one costs a header like bce.h, and its
+// name in the list below. A formula is made of a Problem, whose parameters are its own, in the
+// order of their schema. evaluate<kHasPosWeight>(x, t, p) gives the loss and its derivative for
+// a logit, a target and, if there is one, a pos_weight; where a kernel is compiled without, p is
+// 1. kTakesPosWeight says whether there ever is one. The operators are called by kName.
 #pragma once
+
+#include <type_traits>
 
 #include "bce.h"
 #include "focal.h"
 
 namespace fused_bce {
 
+template <class... Formula>
+struct FormulaList {};
+
+using Formulas = FormulaList<BinaryCrossEntropy, SigmoidFocal>;
+
+// The place of a formula in the list: how plain data name it.
+template <class Formula, class First, class... Rest>
+constexpr int find_formula(FormulaList<First, Rest...>) {
+  if constexpr (std::is_same_v<Formula, First>)
+    return 0;
+  else
+    return 1 + find_formula<Formula>(FormulaList<Rest...>());
+}
+
+template <class Formula>
+constexpr int kFormulaId = find_formula<Formula>(Formulas());
+
 // f(formula) with the one that the problem asks for
+template <class F, class First, class... Rest>
+auto with_formula(const Problem& p, const F& f, FormulaList<First, Rest...>) {
+  if constexpr (sizeof...(Rest) > 0)
+    if (p.formula != kFormulaId<First>) return with_formula(p, f, FormulaList<Rest...>());
+  return f(First(p));
+}
+
 template <class F>
 auto with_formula(const Problem& p, const F& f) {
-  switch (p.formula) {
-    case FormulaId::kSigmoidFocal:
-      return f(SigmoidFocal(p));
-    case FormulaId::kBinaryCrossEntropy:
-      break;
-  }
-  return f(BinaryCrossEntropy(p));
+  return with_formula(p, f, Formulas());
 }
 
 }  // namespace fused_bce

@@ -3,12 +3,12 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
 #include <array>
 
 #include "../derivatives.h"
+#include "../saved_arguments.h"
 #include "../stored_gradients.h"
 #include "linear_operands.h"
 #include "target_blocks.h"
@@ -30,35 +30,16 @@ Tensor target_matrix(const LinearOperands& o) {
   return TargetBlocks(o, rows, labels).block({0, rows}, {0, labels});
 }
 
-LinearOperands counted(const LinearOperands& given) {
-  LinearOperands o = given;
-  if (!o.divisor && !o.offsets && o.ignores() && o.reduction == at::Reduction::Mean) {
-    static const auto count = find_operator<decltype(count_kept)>("count_kept");
-    o.divisor = count.call(o.target, o.ignore_index, o.ignore_nan);
-  }
-  return o;
-}
-
 struct LinearBCEWithLogitsFunction : torch::autograd::Function<LinearBCEWithLogitsFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& linear_weight,
                         const OptionalTensor& linear_bias, const LinearOperands& given) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const LinearOperands o = counted(given);
-    // Unpacked in every backward, so that in-place edits are noticed.
-    const auto saved = [](const OptionalTensor& t) { return t.value_or(Tensor()); };
-    ctx->save_for_backward({input, linear_weight, saved(linear_bias), o.target, saved(o.offsets),
-                            saved(o.values), saved(o.weight), saved(o.pos_weight),
-                            saved(o.label_smoothing), saved(o.divisor)});
-    ctx->saved_data["reduction"] = o.reduction;
-    ctx->saved_data["dtype"] = o.dtype;
-    ctx->saved_data["ignore_index"] = o.ignore_index;
-    ctx->saved_data["ignore_nan"] = o.ignore_nan;
-    ctx->saved_data["chunk_bytes"] = o.chunk_bytes;
+    const LinearOperands o = given.offsets ? given : with_divisor(given);
+    save_arguments<Linear>(ctx, o);
     const Wanted wanted{input.requires_grad(), linear_weight.requires_grad(),
                         linear_bias && linear_bias->requires_grad()};
-    if (!stores_grads(o, wanted)) return LinearOperators::call_loss(o);
-    auto [loss, grad_input, grad_weight, grad_bias] =
-        LinearOperators::call_loss_and_grads(o, wanted, {});
+    if (!stores_grads(o, wanted)) return call_loss<Linear>(o);
+    auto [loss, grad_input, grad_weight, grad_bias] = Linear::call_with_grads(o, wanted, {});
     ctx->saved_data[kGrads[0]] = std::move(grad_input);
     ctx->saved_data[kGrads[1]] = std::move(grad_weight);
     ctx->saved_data[kGrads[2]] = std::move(grad_bias);
@@ -75,7 +56,7 @@ struct LinearBCEWithLogitsFunction : torch::autograd::Function<LinearBCEWithLogi
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_losses) {
     const Tensor& grad_loss = grad_losses[0];
     const variable_list tensors = ctx->get_saved_variables();
-    const LinearOperands o = saved(*ctx, tensors);
+    const auto o = restore_arguments<Linear>(*ctx, tensors);
     const Wanted wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1),
                         o.linear_bias && ctx->needs_input_grad(2)};
     // Taken out: a second backward must not find them scaled.
@@ -89,13 +70,12 @@ struct LinearBCEWithLogitsFunction : torch::autograd::Function<LinearBCEWithLogi
     variable_list grads(4);
     if (at::GradMode::is_enabled() || is_transformed(grad_loss) ||
         std::any_of(tensors.begin(), tensors.end(), has_tangent)) {
-      auto derivatives = linear_derivatives(grad_loss, o, wanted);
-      std::move(derivatives.begin(), derivatives.end(), grads.begin());
+      std::tie(grads[0], grads[1], grads[2]) = linear_derivatives(o, wanted, grad_loss);
       return grads;
     }
     const bool scaled_already = stored.empty() && o.linear_weight.scalar_type() == at::kHalf;
     if (stored.empty()) {
-      auto [loss, grad_input, grad_weight, grad_bias] = LinearOperators::call_loss_and_grads(
+      auto [loss, grad_input, grad_weight, grad_bias] = Linear::call_with_grads(
           o, wanted, scaled_already ? OptionalTensor(grad_loss) : std::nullopt);
       stored = {grad_input, grad_weight, grad_bias};
     }
@@ -107,27 +87,6 @@ struct LinearBCEWithLogitsFunction : torch::autograd::Function<LinearBCEWithLogi
       grads[i] = grad.to(operands[i].scalar_type());
     }
     return grads;
-  }
-
-  static LinearOperands saved(AutogradContext& ctx, const variable_list& tensors) {
-    const auto optional = [&](size_t i) {
-      return tensors[i].defined() ? OptionalTensor(tensors[i]) : std::nullopt;
-    };
-    return {.input = tensors[0],
-            .linear_weight = tensors[1],
-            .linear_bias = optional(2),
-            .target = tensors[3],
-            .offsets = optional(4),
-            .values = optional(5),
-            .weight = optional(6),
-            .pos_weight = optional(7),
-            .reduction = ctx.saved_data["reduction"].toInt(),
-            .dtype = ctx.saved_data["dtype"].toOptional<at::ScalarType>(),
-            .label_smoothing = optional(8),
-            .ignore_index = ctx.saved_data["ignore_index"].toOptional<int64_t>(),
-            .ignore_nan = ctx.saved_data["ignore_nan"].toBool(),
-            .divisor = optional(9),
-            .chunk_bytes = ctx.saved_data["chunk_bytes"].toInt()};
   }
 };
 
@@ -148,36 +107,34 @@ Tensor linear_autograd(const LinearOperands& o) {
   for (const OptionalTensor& t : constants) check_tangent(t);
   if (at::GradMode::is_enabled()) {
     for (const OptionalTensor& t : constants)
-      TORCH_CHECK(!differentiates(t), "The function '", LinearOperators::kLoss,
+      TORCH_CHECK(!differentiates(t), "The function '", Linear::kName,
                   "' is differentiable with respect to input, linear_weight and linear_bias only.");
     if (o.input.requires_grad() || o.linear_weight.requires_grad() || differentiates(o.linear_bias))
       return LinearBCEWithLogitsFunction::apply(o.input, o.linear_weight, o.linear_bias, o);
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return LinearOperators::call_loss(o);
+  return call_loss<Linear>(o);
 }
 
 // On whole logits
-std::array<Tensor, 3> linear_derivatives(const Tensor& grad_loss, const LinearOperands& given,
-                                         Wanted wanted) {
-  const LinearOperands o = counted(given);
+LinearGrads linear_derivatives(const LinearOperands& given, Wanted wanted,
+                               const Tensor& grad_loss) {
+  const LinearOperands o = given.offsets ? given : with_divisor(given);
   const at::ScalarType type = o.logits_dtype();
   const Tensor input = o.input.to(type), weight = o.linear_weight.to(type);
   const Tensor bias = o.linear_bias ? o.linear_bias->to(type) : Tensor();
-  const Tensor grad = grad_of_logits(grad_loss, {.logits = at::linear(input, weight, bias),
-                                                 .target = target_matrix(o),
-                                                 .weight = o.weight,
-                                                 .pos_weight = o.pos_weight,
-                                                 .reduction = o.reduction,
-                                                 .label_smoothing = o.label_smoothing,
-                                                 .ignore_index = o.ignore_index,
-                                                 .ignore_nan = o.ignore_nan,
-                                                 .divisor = o.divisor});
-  std::array<Tensor, 3> grads;
-  if (wanted[0]) grads[0] = at::matmul(grad, weight).to(o.input.scalar_type());
-  if (wanted[1]) grads[1] = at::matmul(grad.t(), input).to(o.linear_weight.scalar_type());
-  if (wanted[2] && o.linear_bias) grads[2] = grad.sum(0).to(o.linear_bias->scalar_type());
-  return grads;
+  Operands of_logits;
+  static_cast<LossOptions&>(of_logits) = o;
+  of_logits.logits = at::linear(input, weight, bias);
+  of_logits.target = target_matrix(o);
+  of_logits.weight = o.weight;
+  of_logits.pos_weight = o.pos_weight;
+  const Tensor grad = grad_of_logits(grad_loss, of_logits);
+  Tensor grad_input, grad_weight, grad_bias;
+  if (wanted[0]) grad_input = at::matmul(grad, weight).to(o.input.scalar_type());
+  if (wanted[1]) grad_weight = at::matmul(grad.t(), input).to(o.linear_weight.scalar_type());
+  if (wanted[2] && o.linear_bias) grad_bias = grad.sum(0).to(o.linear_bias->scalar_type());
+  return {grad_input, grad_weight, grad_bias};
 }
 
 }  // namespace fused_bce

@@ -187,15 +187,14 @@ class LinearLossCall {
 
   // Leaves the gradient in the block of logits.
   void add_loss(const Tensor& block, const Tensor& target, Range rows, Range labels) {
-    const Operands o{.logits = block,
-                     .target = target,
-                     .weight = part_of(o_.weight, rows, labels),
-                     .pos_weight = part_of(o_.pos_weight, rows, labels),
-                     .reduction = at::Reduction::Sum,
-                     .dtype = at::kDouble,
-                     .label_smoothing = o_.label_smoothing,
-                     .ignore_index = o_.ignore_index,
-                     .ignore_nan = o_.ignore_nan};
+    Operands o;
+    static_cast<LossOptions&>(o) = o_;
+    o.logits = block;
+    o.target = target;
+    o.weight = part_of(o_.weight, rows, labels);
+    o.pos_weight = part_of(o_.pos_weight, rows, labels);
+    o.reduction = at::Reduction::Sum;
+    o.dtype = at::kDouble;
     sum_.add_(any_wanted() ? forward_over_logits(o) : forward(o));
   }
 

@@ -87,9 +87,11 @@ def test_opcheck(dtype, reduction, gamma, device):
     smoothing = torch.tensor(0.1, dtype=torch.float64)
     leaf = logits.clone().requires_grad_()
     opcheck(OPS.sigmoid_focal_loss.default, (leaf, target, *rest, None, smoothing, 1))
-    opcheck(OPS.sigmoid_focal_loss_with_grad.default, (logits, target, *rest, None, smoothing, 1))
+    opcheck(OPS._sigmoid_focal_loss_with_grad.default, (logits, target, *rest, None, smoothing, 1))
     loss = OPS.sigmoid_focal_loss(logits, target, *rest)
-    opcheck(OPS.sigmoid_focal_loss_backward.default, (torch.ones_like(loss), logits, target, *rest))
+    opcheck(
+        OPS._sigmoid_focal_loss_backward.default, (torch.ones_like(loss), logits, target, *rest)
+    )
 
 
 @by_case
@@ -196,9 +198,13 @@ def test_decomposed_gradients(reduction, options, device):
 
     def both(logits, target):
         rest = operands[2:]
-        loss, grad = OPS.sigmoid_focal_loss_with_grad(logits, target, *rest, None, *extras)
+        loss, grad = OPS._sigmoid_focal_loss_with_grad(logits, target, *rest, None, *extras)
         ones = torch.ones_like(loss)
-        return loss, grad, OPS.sigmoid_focal_loss_backward(ones, logits, target, *rest, *extras)
+        return (
+            loss,
+            grad,
+            OPS._sigmoid_focal_loss_backward(ones, logits, target, *rest, None, *extras),
+        )
 
     lowered = make_fx(both, decomposition_table=fused_bce.decomposition_table())(logits, target)
     assert not ours_in(lowered.graph)

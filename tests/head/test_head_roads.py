@@ -467,7 +467,7 @@ def test_operator_refuses(case):
 
 
 OPS = torch.ops.fused_bce
-GRADS = OPS.linear_binary_cross_entropy_with_grads
+GRADS = OPS._linear_binary_cross_entropy_with_grads
 NO_GRAD_LOSS = {"wanted": [True, True, False], "grad_loss": None}
 
 

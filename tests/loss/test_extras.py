@@ -325,7 +325,7 @@ def test_count_kept(target_dtype, ignore_index, device):
     nan = math.isnan(ignore_index)
 
     def count_kept(target):
-        return torch.ops.fused_bce.count_kept(target, None if nan else ignore_index, nan)
+        return torch.ops.fused_bce._count_unignored(target, None if nan else ignore_index, nan)
 
     for shape in ((0,), (), (1,), (33,), (300, 67), (16385,)):
         target = with_ignored(shape, ignore_index, device, target_dtype)
@@ -340,7 +340,7 @@ def test_count_kept(target_dtype, ignore_index, device):
 
 @by_dtype
 def test_count_kept_of_unusual_numbers(dtype, device):
-    count_kept = torch.ops.fused_bce.count_kept
+    count_kept = torch.ops.fused_bce._count_unignored
     numbers = [0.0, -0.0, 1.0, NAN, -NAN, INF, -INF]
     target = torch.tensor(numbers, device=device).to(dtype)
     assert count_kept(target, 0).item() == 5
@@ -572,7 +572,7 @@ def test_bad_label_smoothing(value, device):
         with pytest.raises(ValueError, match=f"label_smoothing must .* {value}"):
             call(logits, logits, label_smoothing=value)
     with pytest.raises(ValueError, match="label_smoothing must"):
-        torch.ops.fused_bce.forward_with_grad(
+        torch.ops.fused_bce._binary_cross_entropy_with_logits_with_grad(
             logits, logits, None, None, 1, label_smoothing=torch.tensor(float(value))
         )
 
@@ -626,7 +626,7 @@ def test_neighbours_of_a_large_ignore_index(device):
     target = torch.tensor([largest, largest + 1, largest + 2, largest - 1], device=device)
     losses = fused(logits_of(4, device), target, reduction="none", ignore_index=largest)
     assert (losses == 0).tolist() == [True, False, False, False]
-    assert torch.ops.fused_bce.count_kept(target, largest).item() == 3
+    assert torch.ops.fused_bce._count_unignored(target, largest).item() == 3
 
 
 # Module

@@ -664,7 +664,7 @@ def test_a_dispatch_mode_sees_the_operator(device):
         assert why_not_fused(logits, target) is None
         loss = fused(logits, target)
     assert is_fused(loss)
-    assert torch.ops.fused_bce.forward_with_grad.default in mode.seen
+    assert torch.ops.fused_bce._binary_cross_entropy_with_logits_with_grad.default in mode.seen
     assert_double_close(loss, torch_bce(logits, target))
 
 

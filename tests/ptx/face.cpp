@@ -1,8 +1,11 @@
 // The launchers of csrc/problem.h as plain C, for an interpreter of the kernels' PTX that calls
 // them through ctypes. They return null, or what went wrong.
+#include <algorithm>
 #include <exception>
+#include <iterator>
 #include <string>
 
+#include "formulas/formulas.h"
 #include "problem.h"
 
 using namespace fused_bce;
@@ -85,8 +88,9 @@ const char* face_launch(const PlainProblem* p, void* workspace) {
 const char* face_launch_focal(const PlainProblem* plain, double alpha, double gamma,
                               double gamma_neg, void* workspace) {
   Problem problem = plain->problem();
-  problem.formula = FormulaId::kSigmoidFocal;
-  problem.focal = {alpha, gamma, gamma_neg};
+  problem.formula = kFormulaId<SigmoidFocal>;
+  const double parameters[] = {alpha, gamma, gamma_neg};
+  std::copy(std::begin(parameters), std::end(parameters), problem.parameters);
   return caught([&] { launch_cuda(problem, workspace, nullptr); });
 }
 
