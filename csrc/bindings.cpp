@@ -7,6 +7,7 @@
 #include "cpu/isa.h"
 #include "device.h"
 #include "eager_loss.h"
+#include "operands.h"
 #include "ops.h"
 #include "problem.h"
 
@@ -53,6 +54,12 @@ std::vector<std::string> instruction_set_names() {
   return names;
 }
 
+std::vector<std::string> dtype_names() {
+  std::vector<std::string> names;
+  for (const auto& dtype : fused_bce::kDTypes) names.push_back(dtype.name);
+  return names;
+}
+
 }  // namespace
 
 // Nothing here relies on the interpreter's lock: what is shared is atomic, behind a mutex or never
@@ -61,6 +68,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   check_torch_version();
   fused_bce::register_ops();
   m.def("build_info", &build_info);
+  m.def("dtypes", &dtype_names);
   m.def("instruction_sets", &instruction_set_names);
   m.def("current_instruction_set", [] { return fused_bce::current_instruction_set().name; });
   m.def("use_instruction_set", &fused_bce::use_instruction_set, py::arg("name"));

@@ -15,6 +15,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "device.h"
+#include "operands.h"
 #include "operators.h"
 
 namespace fused_bce {
@@ -73,16 +74,14 @@ bool is_ordinary(PyObject* object) {
          (THPVariable_Unpack(object).key_set().raw_repr() & ~kOrdinaryKeys.raw_repr()) == 0;
 }
 
-bool is_covered_dtype(const Tensor& t) {
-  const auto type = t.scalar_type();
-  return type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16;
+bool has_floats(const Tensor& t) {
+  const auto dtype = find_dtype(t.scalar_type());
+  return dtype && is_floating(*dtype);
 }
 
 bool are_covered(const Tensor& input, const Tensor& target) {
-  return is_covered_dtype(input) &&
-         (is_covered_dtype(target) || target.scalar_type() == at::kBool) &&
-         input.sizes() == target.sizes() && input.device() == target.device() &&
-         has_kernels_for(input.device());
+  return has_floats(input) && find_dtype(target.scalar_type()) && input.sizes() == target.sizes() &&
+         input.device() == target.device() && has_kernels_for(input.device());
 }
 
 // The weight if it is an ordinary one; `left` to Python if there is another.
@@ -90,7 +89,7 @@ OptionalTensor weight_in(PyObject* object, const Tensor& input, bool& left) {
   if (object == Py_None) return {};
   if (is_ordinary(object)) {
     const Tensor& weight = THPVariable_Unpack(object);
-    if (is_covered_dtype(weight) && weight.device() == input.device() &&
+    if (has_floats(weight) && weight.device() == input.device() &&
         !(weight.requires_grad() && at::GradMode::is_enabled()))
       return weight;
   }

@@ -61,37 +61,17 @@ c10::SmallVector<Dim, 6> merged_dims(const Tensor& expanded, const Tensor& ancho
 
 }  // namespace
 
+std::optional<DType> find_dtype(at::ScalarType type) {
+  for (const NamedDType& known : kDTypes)
+    if (known.type == type) return known.dtype;
+  return {};
+}
+
 DType dtype_of(const char* name, at::ScalarType type, bool integers) {
-  switch (type) {
-    case at::kHalf:
-      return DType::kFloat16;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kDouble:
-      return DType::kFloat64;
-    default:
-      break;
-  }
-  TORCH_CHECK_NOT_IMPLEMENTED(integers && at::isIntegralType(type, /*includeBool=*/true), name,
+  const auto dtype = find_dtype(type);
+  TORCH_CHECK_NOT_IMPLEMENTED(dtype && (integers || is_floating(*dtype)), name,
                               " must be float16, bfloat16, float32 or float64, not ", type);
-  switch (type) {
-    case at::kBool:
-      return DType::kBool;
-    case at::kByte:
-      return DType::kUInt8;
-    case at::kChar:
-      return DType::kInt8;
-    case at::kShort:
-      return DType::kInt16;
-    case at::kInt:
-      return DType::kInt32;
-    case at::kLong:
-      return DType::kInt64;
-    default:
-      TORCH_CHECK_NOT_IMPLEMENTED(false, name, " must not be ", type);
-  }
+  return *dtype;
 }
 
 at::DimVector dense_strides(const Tensor& t) {

@@ -3,9 +3,26 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+
 #include "problem.h"
 
 namespace fused_bce {
+
+// The dtypes that the kernels read: floats, and those of targets only.
+struct NamedDType {
+  const char* name;
+  at::ScalarType type;
+  DType dtype;
+};
+inline constexpr NamedDType kDTypes[] = {
+    {"float16", at::kHalf, DType::kFloat16},  {"bfloat16", at::kBFloat16, DType::kBFloat16},
+    {"float32", at::kFloat, DType::kFloat32}, {"float64", at::kDouble, DType::kFloat64},
+    {"bool", at::kBool, DType::kBool},        {"uint8", at::kByte, DType::kUInt8},
+    {"int8", at::kChar, DType::kInt8},        {"int16", at::kShort, DType::kInt16},
+    {"int32", at::kInt, DType::kInt32},       {"int64", at::kLong, DType::kInt64},
+};
+std::optional<DType> find_dtype(at::ScalarType type);
 
 // NotImplementedError for what neither is a float nor, if they are allowed, an integer.
 DType dtype_of(const char* name, at::ScalarType type, bool integers = false);
