@@ -1,4 +1,4 @@
-// The quick way from Python to the loss: see eager_loss.cpp.
+// The fast path from Python to the loss: see eager_loss.cpp.
 #pragma once
 
 #include <Python.h>

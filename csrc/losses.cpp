@@ -70,37 +70,40 @@ Ignored ignored_of(OptionalIndex ignore_index, bool ignore_nan) {
 // A call with everything that its pointers refer to.
 struct Call {
   c10::DeviceGuard device;
-  Tensor anchor, logits, target, weight, pos_weight, grad_loss, label_smoothing, divisor;
+  Tensor reference, logits, target, weight, pos_weight, grad_loss, label_smoothing, divisor;
   Problem problem;
 
-  Call(const Tensor& anchor_, const Operands& o)
-      : device(anchor_.device()), anchor(anchor_of(anchor_)), logits(o.logits), target(o.target) {
+  Call(const Tensor& reference_, const Operands& o)
+      : device(reference_.device()),
+        reference(make_layout_reference(reference_)),
+        logits(o.logits),
+        target(o.target) {
     TORCH_CHECK_VALUE(o.reduction >= 0 && o.reduction < at::Reduction::END, o.reduction,
                       " is not a valid value for reduction");
     problem.formula = o.formula;
     check_parameters(o);
     std::copy(std::begin(o.parameters), std::end(o.parameters), problem.parameters);
     problem.reduction = static_cast<Reduction>(o.reduction);
-    problem.numel = anchor.numel();
+    problem.numel = reference.numel();
     problem.logits.dtype = dtype_of("logits", logits.scalar_type());
     problem.target.dtype = target_dtype_of(target.scalar_type());
     const bool in_double = computes_in_double(problem);
-    if (in_double && is_on_gpu(anchor)) {
+    if (in_double && is_on_gpu(reference)) {
       // A float64 target alone is too rare for kernels of its own.
       problem.logits.dtype = DType::kFloat64;
       logits = logits.to(at::kDouble);
     }
-    logits = along_walk(logits, anchor);
-    target = along_walk(target, anchor);
+    logits = in_layout_of(logits, reference);
+    target = in_layout_of(target, reference);
     problem.logits.data = logits.const_data_ptr();
     problem.target.data = target.const_data_ptr();
     if (o.weight) {
       weight = *o.weight;
-      problem.weight = broadcast_along("weight", weight, anchor, in_double);
+      problem.weight = broadcast_in_layout_of("weight", weight, reference, in_double);
     }
     if (o.pos_weight) {
       pos_weight = *o.pos_weight;
-      problem.pos_weight = broadcast_along("pos_weight", pos_weight, anchor, in_double);
+      problem.pos_weight = broadcast_in_layout_of("pos_weight", pos_weight, reference, in_double);
     }
     set_extras(o);
   }
@@ -113,11 +116,11 @@ struct Call {
     if (o.divisor)
       set_divisor(*o.divisor);
     else if (problem.ignored.any())
-      set_divisor(count_kept(target, o.ignore_index, o.ignore_nan));
+      set_divisor(count_unignored(target, o.ignore_index, o.ignore_nan));
   }
 
   void set_label_smoothing(const Tensor& given) {
-    problem.label_smoothing_on_gpu = number_on_gpu("label_smoothing", given, label_smoothing);
+    problem.label_smoothing_on_gpu = find_scalar_on_gpu("label_smoothing", given, label_smoothing);
     if (problem.label_smoothing_on_gpu) return;
     const double value = given.item<double>();
     TORCH_CHECK_VALUE(0 <= value && value < 1, "label_smoothing must lie in [0, 1), not be ",
@@ -127,26 +130,27 @@ struct Call {
   }
 
   void set_divisor(const Tensor& given) {
-    problem.divisor_on_gpu = number_on_gpu("divisor", given, divisor);
+    problem.divisor_on_gpu = find_scalar_on_gpu("divisor", given, divisor);
     if (problem.divisor_on_gpu) return;
     const double value = given.item<double>();
     problem.divisor = value == 0 ? 1 : value;
   }
 
-  // Where the GPU finds a number, which `kept` keeps alive; null if it is one that the host reads.
-  const double* number_on_gpu(const char* name, const Tensor& given, Tensor& kept) const {
+  // The address of a scalar on the GPU, which `owner` keeps alive; null for one that the host
+  // reads.
+  const double* find_scalar_on_gpu(const char* name, const Tensor& given, Tensor& owner) const {
     TORCH_CHECK(given.dim() == 0, name, " has shape ", given.sizes(), ", but must be a number");
     if (!is_on_gpu(given)) return nullptr;
-    TORCH_CHECK(given.device() == anchor.device(), "logits are on ", anchor.device(), " but ", name,
-                " is on ", given.device());
-    kept = given.to(at::kDouble);
-    return kept.const_data_ptr<double>();
+    TORCH_CHECK(given.device() == reference.device(), "logits are on ", reference.device(), " but ",
+                name, " is on ", given.device());
+    owner = given.to(at::kDouble);
+    return owner.const_data_ptr<double>();
   }
 
   Tensor new_loss(at::ScalarType dtype) {
     const Tensor loss = problem.reduction == Reduction::kNone
-                            ? allocate_like(anchor, dtype)
-                            : at::empty({}, anchor.options().dtype(dtype));
+                            ? allocate_like(reference, dtype)
+                            : at::empty({}, reference.options().dtype(dtype));
     problem.loss = loss.mutable_data_ptr();
     problem.loss_dtype = dtype_of("loss", dtype);
     return loss;
@@ -156,11 +160,11 @@ struct Call {
     grad_loss = given;
     const bool in_double = folds_grad_loss(problem) ? computes_in_double(problem)
                                                     : problem.logits.dtype == DType::kFloat64;
-    problem.grad_loss = broadcast_along("grad_loss", grad_loss, anchor, in_double);
+    problem.grad_loss = broadcast_in_layout_of("grad_loss", grad_loss, reference, in_double);
   }
 
   Tensor new_grad_logits() {
-    const Tensor grad_logits = allocate_like(anchor, logits.scalar_type());
+    const Tensor grad_logits = allocate_like(reference, logits.scalar_type());
     problem.grad_logits = grad_logits.mutable_data_ptr();
     return grad_logits;
   }
@@ -168,16 +172,16 @@ struct Call {
   // Each element is read before it is written.
   void overwrite_logits() { problem.grad_logits = logits.mutable_data_ptr(); }
 
-  // In the dtype of the caller's logits, and in their layout, which the walk may not have had.
+  // In the dtype of the caller's logits, and in their layout, which the reference may not have had.
   static Tensor finished(const Tensor& grad_logits, const Tensor& logits) {
     return in_layout(grad_logits.to(logits.scalar_type()), dense_strides(logits));
   }
 
   void launch() {
     if constexpr (kHasCuda) {
-      if (is_on_gpu(anchor)) {
+      if (is_on_gpu(reference)) {
         const Tensor workspace =
-            at::empty({cuda_workspace_bytes(problem)}, anchor.options().dtype(at::kByte));
+            at::empty({cuda_workspace_bytes(problem)}, reference.options().dtype(at::kByte));
         return launch_cuda(problem, workspace.mutable_data_ptr(), current_stream());
       }
     }
@@ -187,8 +191,8 @@ struct Call {
 
 std::tuple<Tensor, Tensor> run_forward(const Operands& o, bool with_grad) {
   check_operands(o);
-  const Tensor& anchor = o.reduction == at::Reduction::None ? o.target : o.logits;
-  Call call(anchor, o);
+  const Tensor& reference = o.reduction == at::Reduction::None ? o.target : o.logits;
+  Call call(reference, o);
   Tensor loss = call.new_loss(dtype_of_loss(o));
   const Tensor grad_logits = with_grad ? call.new_grad_logits() : Tensor();
   call.launch();
@@ -197,20 +201,20 @@ std::tuple<Tensor, Tensor> run_forward(const Operands& o, bool with_grad) {
 
 }  // namespace
 
-Tensor count_kept(const Tensor& target, OptionalIndex ignore_index, bool ignore_nan) {
+Tensor count_unignored(const Tensor& target, OptionalIndex ignore_index, bool ignore_nan) {
   const Ignored ignored = ignored_of(ignore_index, ignore_nan);
   const c10::DeviceGuard device(target.device());
-  const Tensor dense = anchor_of(target);
+  const Tensor dense = make_layout_reference(target);
   const Dense operand{dense.const_data_ptr(), target_dtype_of(dense.scalar_type())};
   Tensor count = at::zeros({}, target.options().dtype(at::kDouble));
   if constexpr (kHasCuda) {
     if (is_on_gpu(target)) {
-      launch_cuda_count_kept(operand, dense.numel(), ignored, count.mutable_data_ptr<double>(),
-                             current_stream());
+      launch_cuda_count_unignored(operand, dense.numel(), ignored, count.mutable_data_ptr<double>(),
+                                  current_stream());
       return count;
     }
   }
-  *count.mutable_data_ptr<double>() = count_kept_cpu(operand, dense.numel(), ignored);
+  *count.mutable_data_ptr<double>() = count_unignored_cpu(operand, dense.numel(), ignored);
   return count;
 }
 
@@ -244,9 +248,9 @@ void scale_(Tensor& grad_logits, const Tensor& grad_loss, bool zero_stays) {
   Scaling scaling;
   scaling.grad_logits = grad_logits.mutable_data_ptr();
   scaling.dtype = dtype_of("grad_logits", grad_logits.scalar_type());
-  Tensor kept = grad_loss;
+  Tensor owner = grad_loss;
   scaling.grad_loss =
-      broadcast_along("grad_loss", kept, grad_logits, scaling.dtype == DType::kFloat64);
+      broadcast_in_layout_of("grad_loss", owner, grad_logits, scaling.dtype == DType::kFloat64);
   scaling.zero_stays = zero_stays;
   if constexpr (kHasCuda) {
     if (on_gpu) return launch_cuda_scale(scaling, grad_logits.numel(), current_stream());

@@ -31,7 +31,7 @@ inline at::Tensor backward(const Operands& o, const at::Tensor&) {
   return at::empty_like(o.logits);
 }
 
-inline at::Tensor count_kept(const at::Tensor& target, OptionalIndex, bool) {
+inline at::Tensor count_unignored(const at::Tensor& target, OptionalIndex, bool) {
   return at::empty({}, target.options().dtype(at::kDouble));
 }
 

@@ -32,23 +32,24 @@ Tensor allocate(at::IntArrayRef sizes, at::IntArrayRef strides, const at::Tensor
   return at::empty_strided(sizes, strides, options);
 }
 
-// The dimensions of the walk, outermost first.
-c10::SmallVector<int64_t, 6> walk_order(const Tensor& anchor) {
-  c10::SmallVector<int64_t, 6> order(anchor.dim());
+// The dimensions in the order in which the kernels iterate, outermost first.
+c10::SmallVector<int64_t, 6> iteration_order(const Tensor& reference) {
+  c10::SmallVector<int64_t, 6> order(reference.dim());
   std::iota(order.begin(), order.end(), 0);
-  if (!anchor.is_contiguous())
-    std::stable_sort(order.begin(), order.end(),
-                     [&](int64_t a, int64_t b) { return anchor.stride(a) > anchor.stride(b); });
+  if (!reference.is_contiguous())
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+      return reference.stride(a) > reference.stride(b);
+    });
   return order;
 }
 
-// Sizes and strides of `expanded` along the walk, merged where one step leads on to the next.
+// Sizes and strides of `expanded` in iteration order, merged where dimensions are contiguous.
 struct Dim {
   int64_t size, stride;
 };
-c10::SmallVector<Dim, 6> merged_dims(const Tensor& expanded, const Tensor& anchor) {
+c10::SmallVector<Dim, 6> merged_dims(const Tensor& expanded, const Tensor& reference) {
   c10::SmallVector<Dim, 6> dims;
-  for (const int64_t d : walk_order(anchor)) {
+  for (const int64_t d : iteration_order(reference)) {
     const Dim next{expanded.size(d), expanded.stride(d)};
     if (next.size == 1) continue;
     if (!dims.empty() && dims.back().stride == next.stride * next.size)
@@ -84,21 +85,24 @@ Tensor in_layout(const Tensor& t, at::IntArrayRef strides) {
   return allocate(t.sizes(), strides, t.options()).copy_(t);
 }
 
-Tensor anchor_of(const Tensor& t) { return in_layout(t, dense_strides(t)); }
+Tensor make_layout_reference(const Tensor& t) { return in_layout(t, dense_strides(t)); }
 
-Tensor along_walk(const Tensor& t, const Tensor& anchor) { return in_layout(t, anchor.strides()); }
+Tensor in_layout_of(const Tensor& t, const Tensor& reference) {
+  return in_layout(t, reference.strides());
+}
 
 Tensor allocate_like(const Tensor& t, at::ScalarType dtype) {
   return allocate(t.sizes(), dense_strides(t), t.options().dtype(dtype));
 }
 
-Broadcast broadcast_along(const char* name, Tensor& t, const Tensor& anchor, bool in_double) {
+Broadcast broadcast_in_layout_of(const char* name, Tensor& t, const Tensor& reference,
+                                 bool in_double) {
   TORCH_CHECK(!t.is_complex(), name, " must be real, not ", t.scalar_type());
   // A number on the CPU goes with any device. Filled in, not copied: a copy would not be safe in a
   // captured graph.
-  if (t.is_cpu() && t.dim() == 0 && !anchor.is_cpu())
-    t = at::full({}, t.item(), anchor.options().dtype(in_double ? at::kDouble : at::kFloat));
-  TORCH_CHECK(t.device() == anchor.device(), "logits are on ", anchor.device(), " but ", name,
+  if (t.is_cpu() && t.dim() == 0 && !reference.is_cpu())
+    t = at::full({}, t.item(), reference.options().dtype(in_double ? at::kDouble : at::kFloat));
+  TORCH_CHECK(t.device() == reference.device(), "logits are on ", reference.device(), " but ", name,
               " is on ", t.device());
   const bool readable = at::isFloatingType(t.scalar_type()) && !at::isFloat8Type(t.scalar_type());
   if (!readable || (t.scalar_type() == at::kDouble && !in_double))
@@ -109,8 +113,8 @@ Broadcast broadcast_along(const char* name, Tensor& t, const Tensor& anchor, boo
   };
   if (t.numel() == 1) return view(1, 1, 0);
 
-  const Tensor expanded = t.expand(anchor.sizes());
-  const auto dims = merged_dims(expanded, anchor);
+  const Tensor expanded = t.expand(reference.sizes());
+  const auto dims = merged_dims(expanded, reference);
   auto d = dims.rbegin();
   const int64_t inner = d != dims.rend() && d->stride == 0 ? (d++)->size : 1;
   if (d != dims.rend()) {
@@ -120,8 +124,8 @@ Broadcast broadcast_along(const char* name, Tensor& t, const Tensor& anchor, boo
   } else {
     return view(1, 1, 0);
   }
-  t = along_walk(expanded, anchor);
-  return view(anchor.numel(), 1, 1);
+  t = in_layout_of(expanded, reference);
+  return view(reference.numel(), 1, 1);
 }
 
 }  // namespace fused_bce

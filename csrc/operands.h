@@ -1,4 +1,4 @@
-// Operands as the kernels take them: dtypes, the walk through memory, broadcasts, allocation.
+// Operands as the kernels take them: dtypes, iteration order, broadcasts, allocation.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -36,15 +36,15 @@ at::DimVector dense_strides(const at::Tensor& t);
 // `t` with these strides, itself if it has them.
 at::Tensor in_layout(const at::Tensor& t, at::IntArrayRef strides);
 
-// The walk goes through memory in the order of this tensor, which is `t` or a dense copy.
-at::Tensor anchor_of(const at::Tensor& t);
-at::Tensor along_walk(const at::Tensor& t, const at::Tensor& anchor);
+// The kernels iterate in the memory order of this tensor, which is `t` or a dense copy.
+at::Tensor make_layout_reference(const at::Tensor& t);
+at::Tensor in_layout_of(const at::Tensor& t, const at::Tensor& reference);
 // With these strides, the dense ones
 at::Tensor allocate_like(const at::Tensor& t, at::ScalarType dtype);
 
-// `t` as an operand of the walk, not materialised if it varies along one (merged) dimension only.
-// What it refers to is kept alive in `t`.
-Broadcast broadcast_along(const char* name, at::Tensor& t, const at::Tensor& anchor,
-                          bool in_double);
+// `t` broadcast to the sizes of the reference, not materialised if it varies along one (merged)
+// dimension only. What it refers to is kept alive in `t`.
+Broadcast broadcast_in_layout_of(const char* name, at::Tensor& t, const at::Tensor& reference,
+                                 bool in_double);
 
 }  // namespace fused_bce

@@ -67,12 +67,12 @@ at::Tensor backward(const Operands& operands, const at::Tensor& grad_loss);
 // The loss; its gradient takes the place of the logits.
 at::Tensor forward_over_logits(const Operands& operands);
 // How many targets are not ignored, a float64 number.
-at::Tensor count_kept(const at::Tensor& target, OptionalIndex ignore_index, bool ignore_nan);
+at::Tensor count_unignored(const at::Tensor& target, OptionalIndex ignore_index, bool ignore_nan);
 // grad_logits *= grad_loss, one number or one for each element; whether a 0 stays 0 whatever that
 // is.
 void scale_(at::Tensor& grad_logits, const at::Tensor& grad_loss, bool zero_stays);
 
-// autograd.cpp. What backward is in torch's operations, hence differentiable.
+// autograd.cpp. Backward as ATen operations, hence differentiable.
 at::Tensor differentiable_backward(const Operands& operands, const at::Tensor& grad_loss);
 // The pointwise losses with their gradients
 void register_autograd(torch::Library& library);

@@ -8,13 +8,13 @@
 
 namespace fused_bce {
 
-// A dense array of `numel` elements in the order of the walk.
+// A dense array of `numel` elements in iteration order.
 struct Dense {
   const void* data = nullptr;
   DType dtype = DType::kFloat32;
 };
 
-// An operand broadcast along the walk, seen as [outer, channels, inner]: element i of the walk is
+// A broadcast operand, seen as [outer, channels, inner]: element i is
 // data[i / inner % channels * stride]. A scalar has one channel, a full array numel of them.
 struct Broadcast {
   const void* data = nullptr;  // null: absent
@@ -114,15 +114,15 @@ inline Pass pass_of(const Problem& p) {
 void launch_cpu(const Problem& problem);
 void scale_cpu(const Scaling& scaling, int64_t numel);
 // How many targets are not ignored; their dtype holds the index exactly.
-double count_kept_cpu(const Dense& target, int64_t numel, const Ignored& ignored);
+double count_unignored_cpu(const Dense& target, int64_t numel, const Ignored& ignored);
 
 // On the current device, in the given stream (a cudaStream_t), without waiting for it. The results
 // are bit-identical for any number of blocks. With a float64 target the logits are float64, too.
 int64_t cuda_workspace_bytes(const Problem& problem);
 void launch_cuda(const Problem& problem, void* workspace, void* stream);
 // *count += how many targets are not ignored.
-void launch_cuda_count_kept(const Dense& target, int64_t numel, const Ignored& ignored,
-                            double* count, void* stream);
+void launch_cuda_count_unignored(const Dense& target, int64_t numel, const Ignored& ignored,
+                                 double* count, void* stream);
 // grad_logits are aligned to 16 bytes.
 void launch_cuda_scale(const Scaling& scaling, int64_t numel, void* stream);
 // Whether this build has code that the current device can run.

@@ -18,7 +18,7 @@ inline bool needs_divisor(const LossOptions& o) {
 
 template <class Arguments>
 Arguments with_divisor(Arguments o) {
-  static const auto count = find_operator<decltype(count_kept)>("_count_unignored");
+  static const auto count = find_operator<decltype(count_unignored)>("_count_unignored");
   if (needs_divisor(o)) o.divisor = count.call(o.target, o.ignore_index, o.ignore_nan);
   return o;
 }

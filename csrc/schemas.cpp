@@ -107,11 +107,11 @@ void register_ops() {
   definitions.def("_scale_(Tensor(a!) grad_logits, Tensor grad_loss, bool zero_stays=False) -> ()");
   for (const auto key : kBackends) {
     torch::Library& backend = implementations(key);
-    backend.impl("_count_unignored", &count_kept);
+    backend.impl("_count_unignored", &count_unignored);
     backend.impl("_scale_", &scale_);
   }
   torch::Library& meta = implementations(c10::DispatchKey::Meta);
-  meta.impl("_count_unignored", &meta::count_kept);
+  meta.impl("_count_unignored", &meta::count_unignored);
   meta.impl("_scale_", &meta::scale_);
 }
 

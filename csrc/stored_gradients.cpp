@@ -29,7 +29,7 @@ bool is_transformed(const Tensor& t) {
 
 Tensor scaled(Tensor stored, const Tensor& grad_loss, bool zero_stays) {
   const bool shared = stored.use_count() > 1;
-  // A trace or a shard: in torch's own words, which compilers fuse and DTensor knows.
+  // A trace or a shard: as ATen operations, which compilers fuse and DTensor knows.
   if (stored.key_set().has_any(c10::python_ks))
     return shared || zero_stays ? scaled_by_torch(stored, grad_loss, zero_stays)
                                 : stored.mul_(factor_for(stored, grad_loss));

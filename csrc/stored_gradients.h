@@ -12,7 +12,7 @@ bool is_transformed(const at::Tensor& t);
 // stored * grad_loss, in place if nobody else holds it; compiled autograd does. Whether a 0 stays 0
 // whatever grad_loss is.
 at::Tensor scaled(at::Tensor stored, const at::Tensor& grad_loss, bool zero_stays);
-// The same, rounded as by scale_, in torch's operations
+// The same, rounded as by scale_, as ATen operations
 at::Tensor scaled_by_torch(const at::Tensor& stored, const at::Tensor& grad_loss, bool zero_stays);
 
 }  // namespace fused_bce

@@ -9,7 +9,7 @@
 
 namespace fused_bce {
 
-// Computes elements [begin, end) of the walk and returns the sum of their losses.
+// Computes elements [begin, end) and returns the sum of their losses.
 using RunKernel = double (*)(const Problem&, int64_t begin, int64_t end);
 
 // Scales elements [begin, end).

@@ -53,13 +53,13 @@ void for_chunks(int64_t numel, const F& f) {
 }
 
 template <class S, class F>
-double count(const void* data, int64_t numel, const F& is_kept) {
+double count(const void* data, int64_t numel, const F& is_unignored) {
   const S* const p = static_cast<const S*>(data);
   std::vector<int32_t> counts(chunks_of(numel));
   for_chunks(numel, [&](int64_t chunk, int64_t begin, int64_t end) {
-    int32_t kept = 0;
-    for (int64_t i = begin; i < end; ++i) kept += is_kept(p[i]);
-    counts[chunk] = kept;
+    int32_t unignored = 0;
+    for (int64_t i = begin; i < end; ++i) unignored += is_unignored(p[i]);
+    counts[chunk] = unignored;
   });
   return std::accumulate(counts.begin(), counts.end(), 0.0);
 }
@@ -105,21 +105,21 @@ void scale_cpu(const Scaling& scaling, int64_t numel) {
   for_chunks(numel, [&](int64_t, int64_t begin, int64_t end) { scale(scaling, begin, end); });
 }
 
-double count_kept_cpu(const Dense& target, int64_t numel, const Ignored& ignored) {
+double count_unignored_cpu(const Dense& target, int64_t numel, const Ignored& ignored) {
   const bool by_number = ignored.index == ignored.index;
   if (!by_number && !(ignored.nan && is_floating(target.dtype))) return static_cast<double>(numel);
-  double kept = 0;
+  double unignored = 0;
   with_dtype<HostHalf>(target.dtype, [&](auto tag) {
     using S = decltype(tag);
     if constexpr (std::is_same_v<S, Boolean>)
-      kept = count<uint8_t>(target.data, numel,
-                            [&](uint8_t byte) { return (byte != 0) != (ignored.index != 0); });
+      unignored = count<uint8_t>(target.data, numel,
+                                 [&](uint8_t byte) { return (byte != 0) != (ignored.index != 0); });
     else if constexpr (sizeof(S) == 2 && !std::is_integral_v<S>)
-      kept = count_other_halves<S>(target.data, numel, ignored);
+      unignored = count_other_halves<S>(target.data, numel, ignored);
     else
-      kept = count_others<S>(target.data, numel, ignored);
+      unignored = count_others<S>(target.data, numel, ignored);
   });
-  return kept;
+  return unignored;
 }
 
 }  // namespace fused_bce

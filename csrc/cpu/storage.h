@@ -184,7 +184,7 @@ inline void write(const float* in, int count, double* p) {
   for (int k = 0; k < count; ++k) p[k] = in[k];
 }
 
-// In double the half types are rare: they take the road through float.
+// In double the half types are rare: they are converted by way of float.
 template <class S>
 void read(const S* p, int count, double padding, double* out) {
   constexpr int kLanes = FloatVec::kLanes;

@@ -60,10 +60,10 @@ __global__ void __launch_bounds__(kThreads)
 // The sums are of integers, and so exact in any order.
 template <class S, class C>
 __global__ void __launch_bounds__(kThreads)
-    count_kept_kernel(const S* target, int64_t numel, bool aligned, Ignored ignored,
-                      double* count) {
+    count_unignored_kernel(const S* target, int64_t numel, bool aligned, Ignored ignored,
+                           double* count) {
   const C index = static_cast<C>(ignored.index);
-  const auto is_kept = [&](S stored) {
+  const auto is_unignored = [&](S stored) {
     C value;
     convert(stored, value);
     return value != index && !(ignored.nan && value != value);
@@ -72,15 +72,16 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t vectors = aligned ? numel / N : 0;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  int kept = 0;
+  int unignored = 0;
   for (int64_t i = first; i < vectors; i += stride) {
     const Pack<S, N> pack = load_pack<S, N>(target + i * N);
 #pragma unroll
-    for (int k = 0; k < N; ++k) kept += is_kept(pack.v[k]);
+    for (int k = 0; k < N; ++k) unignored += is_unignored(pack.v[k]);
   }
-  for (int64_t i = vectors * N + first; i < numel; i += stride) kept += is_kept(target[i]);
-  const double kept_in_block = block_sum(kept);
-  if (threadIdx.x == 0) atomicAdd(count, kept_in_block);
+  for (int64_t i = vectors * N + first; i < numel; i += stride)
+    unignored += is_unignored(target[i]);
+  const double unignored_in_block = block_sum(unignored);
+  if (threadIdx.x == 0) atomicAdd(count, unignored_in_block);
 }
 
 // Blocks for a pass of 16 bytes a thread: enough to keep any GPU busy, few enough to be over
@@ -91,11 +92,11 @@ unsigned blocks_of_vectors(int64_t bytes) {
 }
 
 template <class S>
-void launch_count_kept(const Dense& target, int64_t numel, const Ignored& ignored, double* count,
-                       cudaStream_t stream) {
+void launch_count_unignored(const Dense& target, int64_t numel, const Ignored& ignored,
+                            double* count, cudaStream_t stream) {
   using C = std::conditional_t<std::is_same_v<S, double>, double, float>;
   const unsigned blocks = blocks_of_vectors(numel * static_cast<int64_t>(sizeof(S)));
-  start(count_kept_kernel<S, C>, blocks, stream, static_cast<const S*>(target.data), numel,
+  start(count_unignored_kernel<S, C>, blocks, stream, static_cast<const S*>(target.data), numel,
         is_aligned(target.data), ignored, count);
 }
 
@@ -149,12 +150,12 @@ void launch_cuda(const Problem& problem, void* workspace_bytes, void* stream_han
   }
 }
 
-void launch_cuda_count_kept(const Dense& target, int64_t numel, const Ignored& ignored,
-                            double* count, void* stream_handle) {
+void launch_cuda_count_unignored(const Dense& target, int64_t numel, const Ignored& ignored,
+                                 double* count, void* stream_handle) {
   if (numel == 0) return;
   with_dtype<CudaHalf>(target.dtype, [&](auto tag) {
-    launch_count_kept<decltype(tag)>(target, numel, ignored, count,
-                                     static_cast<cudaStream_t>(stream_handle));
+    launch_count_unignored<decltype(tag)>(target, numel, ignored, count,
+                                          static_cast<cudaStream_t>(stream_handle));
   });
 }
 

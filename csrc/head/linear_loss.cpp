@@ -159,7 +159,7 @@ class LinearLossCall {
     host_divisor_ = static_cast<double>(rows_) * static_cast<double>(labels_);
     if (o_.divisor || o_.ignores()) {
       const Tensor given = o_.divisor ? o_.divisor->to(at::kDouble)
-                                      : count_kept(o_.target, o_.ignore_index, o_.ignore_nan);
+                                      : count_unignored(o_.target, o_.ignore_index, o_.ignore_nan);
       const Tensor divisor = given.masked_fill(given == 0, 1);
       host_divisor_ = divisor.is_cpu() ? divisor.item<double>() : 1;
       if (!divisor.is_cpu()) late_divisor_ = divisor;

@@ -29,7 +29,7 @@ void probe_scale(float* grad_logits, int64_t numel, const float* grad_loss, int6
 }
 
 void probe_count_kept(const float* target, int64_t numel, double ignore_index, double* count) {
-  launch_cuda_count_kept({target, DType::kFloat32}, numel, {ignore_index}, count, nullptr);
+  launch_cuda_count_unignored({target, DType::kFloat32}, numel, {ignore_index}, count, nullptr);
 }
 }
 

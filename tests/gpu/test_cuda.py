@@ -445,4 +445,4 @@ def test_launches_with_extras():
     assert len(names) == 1, names
     names = kernels_of(lambda: fused(logits, target, ignore_index=1))
     assert len(names) == 2, names
-    assert sum("count_kept_kernel" in name for name in names) == 1
+    assert sum("count_unignored_kernel" in name for name in names) == 1

@@ -98,7 +98,7 @@ const char* face_count_kept(const void* target, int64_t dtype, int64_t numel, in
                             double* count) {
   return caught([&] {
     const Ignored ignored{static_cast<double>(ignore_index)};
-    launch_cuda_count_kept({target, kDTypes[dtype]}, numel, ignored, count, nullptr);
+    launch_cuda_count_unignored({target, kDTypes[dtype]}, numel, ignored, count, nullptr);
   });
 }
 
