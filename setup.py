@@ -14,8 +14,10 @@ Environment variables:
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
+import sysconfig
 import warnings
 from pathlib import Path
 
@@ -50,6 +52,12 @@ if torch.__version__ < OLDEST_TORCH:
 
 # Ampere and Hopper as machine code, PTX for what comes after.
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
+
+COMPILER_TO_INSTALL = (
+    "Install GCC 11 or newer (the package g++ of Debian, gcc-c++ of Fedora), on macOS Apple's "
+    "command line tools: xcode-select --install"
+)
+HEADERS_TO_INSTALL = "Install them (the package python3-dev of Debian, python3-devel of Fedora)"
 
 ROOT = Path(__file__).parent
 
@@ -105,20 +113,47 @@ def check_cuda_toolchain() -> None:
         )
 
 
+def preprocess(text: str, *options: str) -> str:
+    """The macros that are defined after this text; none if the compiler fails."""
+    compiler = cpp_extension.get_cxx_compiler()
+    command = [*shlex.split(compiler), "-std=c++20", "-dM", "-E", "-x", "c++", *options, "-"]
+    try:
+        done = subprocess.run(command, input=text, stdout=subprocess.PIPE, text=True, check=False)
+    except OSError:  # PermissionError where PATH has a folder that the user may not read
+        sys.exit(
+            f"fused_bce is compiled by GCC, and there is no {compiler} here. {COMPILER_TO_INSTALL}"
+        )
+    return done.stdout
+
+
 def check_compiler() -> None:
     """On Linux torch brings GCC's OpenMP runtime, on macOS LLVM's, which is what Clang calls."""
     compiler = cpp_extension.get_cxx_compiler()
-    command = [*compiler.split(), "-dM", "-E", "-x", "c++", os.devnull]
-    try:
-        macros = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    except FileNotFoundError:
-        sys.exit(f"fused_bce is compiled by GCC, and there is no {compiler} here")
+    macros = preprocess("")
+    if "__cplusplus 202002L" not in macros:
+        sys.exit(f"fused_bce is C++20, which {compiler} does not compile. {COMPILER_TO_INSTALL}")
     if sys.platform == "linux" and "__clang__" in macros:
         sys.exit(
             f"On Linux fused_bce is built by GCC, as torch is, but {compiler} is Clang: set CXX=g++"
         )
     if sys.platform == "darwin" and "__clang__" not in macros:
         sys.exit(f"On macOS fused_bce is built by Clang, as torch is: {compiler} is not")
+
+
+def check_python_headers() -> None:
+    folder = sysconfig.get_path("include")
+    if "Py_PYTHON_H" not in preprocess("#include <Python.h>", f"-I{folder}"):
+        sys.exit(
+            f"fused_bce is compiled against the headers of Python, and there is no "
+            f"{folder}/Python.h here. {HEADERS_TO_INSTALL}"
+        )
+
+
+def check_ninja() -> None:
+    """pip puts it beside this Python, a folder that is on PATH in an activated environment only."""
+    os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
+    if not cpp_extension.is_ninja_available():
+        sys.exit("fused_bce is built with ninja, and there is no ninja here: pip install ninja")
 
 
 def compile_args() -> list[str]:
@@ -186,6 +221,8 @@ def emulate_cuda(options: dict) -> None:
 
 def extension():
     check_compiler()
+    check_python_headers()
+    check_ninja()
     options = {
         "name": "fused_bce._C",
         "sources": [path for folder in ("", "head", "cpu") for path in sources(folder, ".cpp")],
@@ -212,7 +249,4 @@ setup(
     install_requires=requirements(),
     ext_modules=[extension()],
     cmdclass={"build_ext": cpp_extension.BuildExtension},
-    # Without ninja setuptools would take the extension that an earlier build for another torch left
-    # in build/ for up to date.
-    options={"build_ext": {"force": True}},
 )

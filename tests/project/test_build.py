@@ -66,9 +66,13 @@ def test_forced_cuda_needs_a_cuda_torch():
     assert "is a CPU build. Install a CUDA build of torch" in result.stderr
 
 
-def error_of_setup(before="pass", **environment):
+def run_setup(before="pass", **environment):
     run = "sys.argv = ['setup.py', '--name']; runpy.run_path('setup.py')"
-    result = run_python("-c", f"import runpy, sys; {before}; {run}", FORCE_CUDA="0", **environment)
+    return run_python("-c", f"import runpy, sys; {before}; {run}", FORCE_CUDA="0", **environment)
+
+
+def error_of_setup(before="pass", **environment):
+    result = run_setup(before, **environment)
     assert result.returncode == 1
     return result.stderr
 
@@ -81,23 +85,64 @@ def test_what_cannot_build_it_is_named():
     assert 'this is 65.5.0: pip install "setuptools>=77"' in error
     error = error_of_setup("sys.modules['pybind11'] = None")
     assert "there is no pybind11 here" in error
-    assert "there is no absent++ here" in error_of_setup(CXX="absent++")
+
+
+def test_no_compiler_is_named(tmp_path):
+    error = error_of_setup(CXX="absent++")
+    assert "there is no absent++ here. Install GCC 11 or newer (the package g++ of Debian" in error
+    # What a folder on PATH that the user may not read makes of it, for others than root
+    secret = tmp_path / "secret"
+    secret.mkdir(mode=0o000)
+    path = f"{secret}{os.pathsep}{os.environ['PATH']}"
+    assert "there is no absent++ here. Install GCC" in error_of_setup(CXX="absent++", PATH=path)
+    script = tmp_path / "not-executable"
+    script.touch()
+    assert f"there is no {script} here" in error_of_setup(CXX=str(script))
+
+
+def make_compiler(path, *macros):
+    """One that says these macros of itself."""
+    path.write_text("#!/bin/sh\n" + "".join(f"echo '#define {macro}'\n" for macro in macros))
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize("macros", [["__cplusplus 201709L"], []], ids=["GCC 10", "a failure"])
+def test_an_old_compiler_is_refused(tmp_path, macros):
+    old = make_compiler(tmp_path / "g++", *macros)
+    error = error_of_setup(CXX=old)
+    assert f"fused_bce is C++20, which {old} does not compile. Install GCC 11 or newer" in error
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Clang is the compiler of torch")
 def test_clang_is_refused(tmp_path):
-    clang = tmp_path / "clang++"
-    clang.write_text("#!/bin/sh\necho '#define __clang__ 1'\n")
-    clang.chmod(0o755)
-    assert f"but {clang} is Clang: set CXX=g++" in error_of_setup(CXX=str(clang))
+    clang = make_compiler(tmp_path / "clang++", "__clang__ 1", "__cplusplus 202002L")
+    assert f"but {clang} is Clang: set CXX=g++" in error_of_setup(CXX=clang)
 
 
 def test_gcc_is_refused_on_macos(tmp_path):
-    gcc = tmp_path / "g++"
-    gcc.write_text("#!/bin/sh\necho '#define __GNUC__ 14'\n")
-    gcc.chmod(0o755)
+    gcc = make_compiler(tmp_path / "g++", "__GNUC__ 14", "__cplusplus 202002L")
     pretend = "import torch.utils.cpp_extension, sys; sys.platform = 'darwin'"
-    assert f"is built by Clang, as torch is: {gcc} is not" in error_of_setup(pretend, CXX=str(gcc))
+    assert f"is built by Clang, as torch is: {gcc} is not" in error_of_setup(pretend, CXX=gcc)
+
+
+def test_missing_headers_of_python_are_named(tmp_path):
+    error = error_of_setup(f"import sysconfig; sysconfig.get_path = lambda *_: {str(tmp_path)!r}")
+    assert f"there is no {tmp_path}/Python.h here. Install them (the package python3-dev" in error
+
+
+def test_ninja_is_found_beside_python_or_named(tmp_path):
+    """pip installs it there, and in `make` nobody has activated the environment."""
+    compiler = make_compiler(tmp_path / "g++", "__cplusplus 202002L", "Py_PYTHON_H")
+    before = (
+        "import torch.utils.cpp_extension, sysconfig, sys; sys.platform = 'linux'; "
+        f"sysconfig.get_path = lambda *_: {str(tmp_path)!r}"
+    )
+    environment = {"CXX": compiler, "PATH": str(tmp_path / "absent")}
+    error = error_of_setup(before, **environment)
+    assert "there is no ninja here: pip install ninja" in error
+    make_compiler(tmp_path / "ninja")
+    assert run_setup(before, **environment).returncode == 0
 
 
 def test_windows_is_refused():
