@@ -39,7 +39,8 @@ lint: $(built)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp')
+	find csrc tests \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) \
+	  -exec $(VENV)/bin/clang-format --dry-run --Werror {} +
 
 docs: $(built)  ## the pages and the API reference as a site, build/docs/index.html; warnings are errors
 	$(VENV)/bin/sphinx-build -W --keep-going -q -c docs -d build/doctrees . build/docs

@@ -1,13 +1,20 @@
 """Binary cross entropy with logits, loss and gradient in one pass: a drop-in for
 :class:`torch.nn.BCEWithLogitsLoss`, and for the focal loss of torchvision."""
 
+import os
+
 import torch
 
 try:
     import fused_bce._C as _C
 except ModuleNotFoundError as error:
+    if not os.path.exists(__file__):
+        raise ImportError(
+            f"fused_bce cannot be imported from a zip file, as {__file__} is in one: Python loads "
+            "no compiled module from there. Install the wheel with pip, or unpack the file."
+        ) from error
     raise ImportError(
-        "fused_bce is not built here. Build it in its source folder: "
+        "fused_bce is not built here, or not for this Python. Build it in its source folder: "
         "pip install --no-build-isolation ."
     ) from error
 except ImportError as error:

@@ -20,6 +20,9 @@ EMULATES_CUDA = (
 fused = fused_bce.functional.binary_cross_entropy_with_logits
 torch_bce = torch.nn.functional.binary_cross_entropy_with_logits
 
+# Seconds after which something hangs: on no machine, however slow or busy, does it take so long.
+HANGS = 600
+
 REDUCTIONS = ("none", "mean", "sum")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -7,23 +7,22 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers import HANGS
 from torch.distributed.device_mesh import init_device_mesh
 
 by_world_size = pytest.mark.parametrize("world_size", [2, 4])
-
-SECONDS = 120  # for processes that wait for each other for ever
 
 
 def run(check, world_size: int, tmp_path) -> None:
     """Runs ``check()`` in that many processes; raises what one of them raised."""
     address = f"file://{tmp_path}/rendezvous"
     context = mp.spawn(_process, (world_size, address, check), world_size, join=False)
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + HANGS
     while not context.join(timeout=1):
         if time.monotonic() > deadline:
             for process in context.processes:
                 process.kill()
-            pytest.fail(f"the processes did not finish within {SECONDS} s")
+            pytest.fail(f"the processes did not finish within {HANGS} s")
 
 
 def _process(rank, world_size, address, check):

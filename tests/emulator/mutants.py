@@ -80,7 +80,7 @@ def run(library: Path) -> subprocess.CompletedProcess:
     ).stdout.strip()
     environment = os.environ | {"LD_PRELOAD": runtime, "TSAN_OPTIONS": TSAN_OPTIONS}
     command = ["setarch", "-R", sys.executable, __file__, str(library)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture

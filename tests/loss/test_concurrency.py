@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
+    HANGS,
     REDUCTIONS,
     assert_double_close,
     by_reduction,
@@ -36,7 +37,6 @@ from torch.utils.data import DataLoader, Dataset
 from fused_bce import BCEWithLogitsLoss, SparseTarget, functional
 
 THREADS = 8
-TIMEOUT = 60  # seconds; what hangs fails
 # Overhead only; several chunks; results from the allocator for large blocks (4 MiB on).
 SIZES = (5, 40_003, 2**20 + 3)
 
@@ -48,7 +48,7 @@ forks = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:Depreca
 
 def in_threads(function, *arguments):
     """The results of function(*a) for each a of the arguments, all started at the same moment."""
-    together = threading.Barrier(len(arguments), timeout=TIMEOUT)
+    together = threading.Barrier(len(arguments), timeout=HANGS)
 
     def run(*arguments):
         together.wait()
@@ -56,7 +56,7 @@ def in_threads(function, *arguments):
 
     with ThreadPoolExecutor(len(arguments)) as pool:
         futures = [pool.submit(run, *a) for a in arguments]
-        return [future.result(TIMEOUT) for future in futures]
+        return [future.result(HANGS) for future in futures]
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ def test_data_loader_workers(method):
     # The parent has threads, and keeps freed blocks, when it forks.
     expected = [dataset[index] for index in range(len(SIZES))]
     loader = DataLoader(
-        dataset, batch_size=None, num_workers=2, multiprocessing_context=method, timeout=TIMEOUT
+        dataset, batch_size=None, num_workers=2, multiprocessing_context=method, timeout=HANGS
     )
     for got, want in zip(loader, expected, strict=True):
         assert torch.equal(got, want)
@@ -263,7 +263,7 @@ def run_in_fork(function) -> int:
         status = 1
         try:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(10)
+            signal.alarm(HANGS)
             torch.set_num_threads(1)
             function()
             status = 0
@@ -556,12 +556,12 @@ def test_large_blocks_freed_by_other_threads():
             value = thread + i / rounds
             target = torch.zeros(numels[(thread + i) % len(numels)])
             result = evaluate(fused, target + value, target, reduction="none")
-            results.put((value, result), timeout=TIMEOUT)
+            results.put((value, result), timeout=HANGS)
 
     def consume():
         held = []
         for _ in range(rounds):
-            held.append(results.get(timeout=TIMEOUT))
+            held.append(results.get(timeout=HANGS))
             for value, result in held:
                 exact = reference(torch.tensor(value), torch.tensor(0.0), reduction="none")
                 for got, true in zip(result[:2], exact[:2], strict=True):
@@ -573,7 +573,7 @@ def test_large_blocks_freed_by_other_threads():
         futures = [pool.submit(produce, thread) for thread in range(producers)]
         futures += [pool.submit(consume) for _ in range(producers)]
         for future in futures:
-            future.result(TIMEOUT)
+            future.result(HANGS)
     del futures, future
     gc.collect()
     block = 4 * max(numels)

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers import (
+    HANGS,
     assert_double_close,
     by_dtype,
     by_reduction,
@@ -701,7 +702,7 @@ def test_reason_is_logged_once(caplog, device):
 def test_reason_is_logged_once_by_all_threads(caplog):
     dispatch._logged.clear()
     negated = torch._neg_view(zeros("cpu"))
-    together = threading.Barrier(8, timeout=60)
+    together = threading.Barrier(8, timeout=HANGS)
 
     def work():
         together.wait()

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -42,21 +43,40 @@ def test_a_patch_release_is_accepted():
     assert run_python("-c", pretend).returncode == 0
 
 
+def import_from(path):
+    """An editable install would find the extension in its own folder, hence none is asked."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(path)!r}); "
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]; "
+        "import fused_bce"
+    )
+    return run_python("-c", code).stderr
+
+
 def test_a_folder_without_build_says_so(tmp_path):
     package = tmp_path / "fused_bce"
     package.mkdir()
     for source in Path(fused_bce.__file__).parent.glob("*.py"):
-        (package / source.name).write_text(source.read_text())
-    # An editable install would find the extension in its own folder.
-    code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
-        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]; "
-        "import fused_bce"
-    )
-    result = run_python("-c", code)
+        (package / source.name).write_bytes(source.read_bytes())
+    # What Python 2.7 would not load, nor another does
+    (package / "_C.cpython-27-x86_64-linux-gnu.so").touch()
     assert (
-        "ImportError: fused_bce is not built here. Build it in its source folder" in result.stderr
-    )
+        "ImportError: fused_bce is not built here, or not for this Python. Build it in its source "
+        "folder: pip install --no-build-isolation ."
+    ) in import_from(tmp_path)
+
+
+def test_a_zip_file_says_so(tmp_path):
+    """Such as a wheel on PYTHONPATH."""
+    wheel = tmp_path / "fused_bce.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path in Path(fused_bce.__file__).parent.glob("*.py"):
+            archive.write(path, f"fused_bce/{path.name}")
+    inside = wheel / "fused_bce" / "__init__.py"
+    assert (
+        f"ImportError: fused_bce cannot be imported from a zip file, as {inside} is in one: Python "
+        "loads no compiled module from there. Install the wheel with pip, or unpack the file."
+    ) in import_from(wheel)
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
