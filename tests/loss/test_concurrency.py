@@ -293,6 +293,19 @@ def test_backward_in_a_fork():
 
 @forks
 @can_fork
+def test_losses_of_all_kinds_in_a_fork():
+    logits, target = (t.view(-1, 9) for t in draw((7 * 9,), "cpu"))
+    expected = [loss.detach() for loss in losses_of_all_kinds(logits, target)]
+
+    def compute():
+        got = losses_of_all_kinds(logits, target)
+        assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+
+    assert run_in_fork(compute) == 0
+
+
+@forks
+@can_fork
 def test_fork_while_threads_compute():
     logits, target = draw((2**20 + 3,), "cpu")
     expected = fused(logits, target, reduction="none")
