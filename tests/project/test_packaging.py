@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from email.parser import Parser
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 import fused_bce
 
 ROOT = Path(__file__).parents[2]
+SDIST = f"fused_bce-{fused_bce.__version__}"
 MINOR = ".".join(torch.__version__.split(".")[:2])
 
 
@@ -47,17 +49,30 @@ def test_a_build_requires_the_torch_it_was_compiled_for(tmp_path, tagged):
     assert metadata["Version"] == fused_bce.__version__ + tag
 
 
-def test_an_sdist_is_for_any_torch(tmp_path):
-    """Even when a tagged wheel is built from it in the same command, as .ci/build-wheel does."""
-    run_setup("egg_info", "--egg-base", tmp_path, "sdist", "-d", tmp_path, TAG_VERSION="1")
-    name = f"fused_bce-{fused_bce.__version__}"
-    with tarfile.open(tmp_path / f"{name}.tar.gz") as sdist:
-        text = sdist.extractfile(f"{name}/PKG-INFO").read().decode()
-    metadata = Parser().parsestr(text)
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Iterator[tarfile.TarFile]:
+    """With a tagged wheel built from it in the same command, as .ci/build-wheel does."""
+    folder = tmp_path_factory.mktemp("sdist")
+    run_setup("egg_info", "--egg-base", folder, "sdist", "-d", folder, TAG_VERSION="1")
+    with tarfile.open(folder / f"{SDIST}.tar.gz") as sdist:
+        yield sdist
+
+
+def test_an_sdist_is_for_any_torch(sdist):
+    metadata = Parser().parsestr(sdist.extractfile(f"{SDIST}/PKG-INFO").read().decode())
     assert metadata["Version"] == fused_bce.__version__
     assert required_torch(metadata) == ["torch>=2.11"]
     # Installers may take what an sdist says for what its wheel will say, but for this.
     assert "requires-dist" in metadata.get_all("Dynamic")
+
+
+def test_an_sdist_has_every_file(sdist):
+    """So that the tests pass in it, of which some read the pages and their figures."""
+    try:
+        listing = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this is no repository, or there is no git")
+    assert {f"{SDIST}/{name}" for name in listing.splitlines()} <= {*sdist.getnames()}
 
 
 def test_the_tag_names_cuda():
