@@ -8,12 +8,10 @@ from numbers import Real
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fused_bce.reference import is_ignored
 from fused_bce.registrations import constant_in_graphs
-from fused_bce.sparse import FLOATS, SparseTarget
+from fused_bce.sparse import FLOATS, SparseTarget, is_fake, is_traced_by_proxies
 
 _MOST_IGNORED = 2**24  # float32 holds all integers up to there
 
@@ -200,10 +198,10 @@ def check_targets(target: Tensor, ignore_index: int | float | None) -> None:
             torch._assert_async(_all_valid(target, ignore_index), _OUTSIDE)
         return
     target = _numbers_of(target)
-    if get_proxy_mode() is not None:
+    if is_traced_by_proxies():
         torch._assert_async(_all_valid(target, ignore_index), _OUTSIDE)
         return
-    if target.is_meta or isinstance(target, FakeTensor):
+    if target.is_meta or is_fake(target):
         return
     invalid = is_invalid(target, ignore_index)
     if invalid.any():

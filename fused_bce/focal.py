@@ -5,7 +5,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from torch.fx import Proxy
-from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn.modules.loss import _WeightedLoss
 from torch.overrides import handle_torch_function
 
@@ -172,6 +171,9 @@ def sigmoid_focal_loss(
 
 def _are_constant(*numbers: float | None) -> bool:
     """In compiled code: whether it is guarded by these, so that an operator may take them."""
+    # Imported here, as in scalars.py.
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
     return all(number is None or has_static_value(number) for number in numbers)
 
 

@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import _reduction
 
 from fused_bce.dispatch import are_shards
@@ -16,6 +15,9 @@ _UNSHARDED = (Tensor, torch.nn.Parameter)
 
 def may_differ_from_zero(number: float) -> bool:
     """In compiled code: any number but a constant 0, so that one graph serves them all."""
+    # Imported here: with SymPy it takes most of a second, and only compiling needs it.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
     return not statically_known_true(number == 0)
 
 

@@ -1,13 +1,12 @@
 """Targets of which nearly all are 0, as rows of label numbers."""
 
 import operator
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree as pytree
 
 # What a loss takes
@@ -392,21 +391,33 @@ def _without_ones(target: SparseTarget) -> SparseTarget:
 
 
 def _in_graph() -> bool:
-    return torch.compiler.is_compiling() or get_proxy_mode() is not None
+    return torch.compiler.is_compiling() or is_traced_by_proxies()
+
+
+# Nothing is fake, or traced by proxies, before torch has imported the module for it: not all
+# releases do so at once.
+def is_fake(t: Tensor) -> bool:
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(t, module.FakeTensor)
+
+
+def is_traced_by_proxies() -> bool:
+    module = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return module is not None and module.get_proxy_mode() is not None
 
 
 def _readable(t: Tensor) -> bool:
     """Whether the host has its numbers at hand, and no graph is made."""
     if _in_graph() or torch.jit.is_tracing():
         return False
-    return t.is_cpu and not isinstance(t, FakeTensor)
+    return t.is_cpu and not is_fake(t)
 
 
 def _assertable(t: Tensor) -> bool:
     """Whether it has numbers later: on its device, or in the graph that is made."""
     if _in_graph():
         return True
-    return not (torch.jit.is_tracing() or t.is_meta or isinstance(t, FakeTensor))
+    return not (torch.jit.is_tracing() or t.is_meta or is_fake(t))
 
 
 def _is_int(n: object) -> bool:
