@@ -3,17 +3,24 @@
 import functools
 import logging
 import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import _reduction
 from torch.overrides import has_torch_function_variadic
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fused_bce import _C
-from fused_bce.checks import check_linear_operands
+from fused_bce.checks import (
+    check_ignore_index,
+    check_ignore_index_of_rows,
+    check_label_smoothing,
+    check_linear_operands,
+    check_targets,
+)
 from fused_bce.registrations import constant_in_graphs, ensure_sharding
 from fused_bce.sparse import FLOATS as _FLOATS
 from fused_bce.sparse import INTEGERS as _INTEGERS
@@ -54,17 +61,28 @@ def why_not_fused(
     input: Tensor,
     target: Tensor | SparseTarget,
     weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
     pos_weight: Tensor | None = None,
     *,
+    label_smoothing: float = 0.0,
+    ignore_index: int | float | None = None,
+    validate_targets: bool = False,
+    recompute: bool = False,
     linear_weight: Tensor | None = None,
     linear_bias: Tensor | None = None,
+    chunk_bytes: int | None = None,
 ) -> str | None:
     """The reason why this call would be left to torch's own function; None if it is fused.
 
-    The arguments are those of :func:`torch.nn.functional.binary_cross_entropy_with_logits`, with
-    the same shapes and dtypes, or with ``linear_weight`` those of
-    :func:`fused_bce.functional.linear_binary_cross_entropy_with_logits`. Bad arguments are a reason
-    too: torch's function raises the error.
+    Takes the arguments of :func:`fused_bce.functional.binary_cross_entropy_with_logits`, in the
+    same order, so that a call is passed on as it is; or with ``linear_weight`` those of
+    :func:`fused_bce.functional.linear_binary_cross_entropy_with_logits`, by name. For a focal loss
+    pass on ``inputs``, ``targets`` and ``weight``. Shapes and dtypes are as in these functions.
+
+    Bad arguments are a reason too: that of the error which the loss raises. Labels of a
+    :class:`fused_bce.SparseTarget` are read for that, and with ``validate_targets`` the targets.
 
     The first call that is not fused for some reason also logs it, once, to the logger
     ``fused_bce`` at level INFO.
@@ -72,21 +90,55 @@ def why_not_fused(
     Example:
         >>> import torch
         >>> from fused_bce import why_not_fused
-        >>> why_not_fused(torch.zeros(3), torch.zeros(3, dtype=torch.complex64))
+        >>> why_not_fused(torch.zeros(3), torch.zeros(3, dtype=torch.complex64), reduction="sum")
         'target has dtype torch.complex64'
     """
+    legacy = size_average is not None or reduce is not None
     try:
         target = as_sparse(target)
         if linear_weight is not None:
-            operands = input, linear_weight, linear_bias, target, weight, pos_weight
-            check_linear_operands(*operands)
-            return why_not_linear(*operands)
-        if isinstance(target, SparseTarget):
-            target.check_structure()
-            target = target.like_dense()
-    except (TypeError, ValueError, RuntimeError) as error:
+            if legacy or recompute:
+                raise TypeError("with linear_weight go no size_average, reduce and recompute")
+            # A module that imports this one.
+            from fused_bce.head import check_numbers
+
+            check_numbers(reduction, label_smoothing, chunk_bytes)
+            check_linear_operands(input, linear_weight, linear_bias, target, weight, pos_weight)
+        else:
+            if isinstance(target, SparseTarget):
+                check_ignore_index_of_rows(ignore_index, target)
+                target.check()
+                target = target.to_dense() if validate_targets else target.like_dense()
+            if not legacy and reduction != "batchmean":
+                _reduction.get_enum(reduction)
+        if label_smoothing != 0:
+            check_label_smoothing(label_smoothing)
+        _check_target(target, ignore_index, validate_targets)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
         return str(error)
-    return why_not_dense(input, target, weight, pos_weight)
+    if linear_weight is not None:
+        return why_not_linear(input, linear_weight, linear_bias, target, weight, pos_weight)
+    reason = why_not_dense(input, cast(Tensor, target), weight, pos_weight)
+    if reason is None and legacy and torch.compiler.is_compiling():
+        return "size_average and reduce are not fused in compiled code"
+    return reason
+
+
+def _check_target(
+    target: Tensor | SparseTarget, ignore_index: int | float | None, validate_targets: bool
+) -> None:
+    """Raises what the losses raise for the values of a target."""
+    values: Tensor | None
+    if isinstance(target, SparseTarget):
+        target.check()
+        ignore_index = check_ignore_index_of_rows(ignore_index, target)
+        values = target.read_values()
+    else:
+        values = target
+        if ignore_index is not None:
+            ignore_index = check_ignore_index(ignore_index, target)
+    if validate_targets and values is not None:
+        check_targets(values, ignore_index)
 
 
 def why_not_dense(

@@ -449,6 +449,8 @@ def test_why_not_fused_when_compiled(device):
             why_not_fused(x, t[:2]),
             why_not_fused(x, t, 2.0),
             why_not_fused(x.to(torch.complex64), t),
+            why_not_fused(x, t, reduction="max"),
+            why_not_fused(x, t, size_average=False),
         )
 
     assert torch.compile(reasons, backend="eager")(logits, target) == (
@@ -456,6 +458,8 @@ def test_why_not_fused_when_compiled(device):
         "input and target differ in size",
         "weight is not a tensor",
         "input has dtype torch.complex64",
+        "max is not a valid value for reduction",
+        "size_average and reduce are not fused in compiled code",
     )
 
 

@@ -1,5 +1,6 @@
 """The module as a stand-in for torch.nn's, and which calls take the fused path."""
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -30,7 +31,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_bce
-from fused_bce import BCEWithLogitsLoss, dispatch, why_not_fused
+from fused_bce import BCEWithLogitsLoss, SparseTarget, dispatch, why_not_fused
 
 DOUBLE = torch.float64
 CLASSES = (BCEWithLogitsLoss, torch.nn.BCEWithLogitsLoss)
@@ -496,14 +497,13 @@ FUSED_CALLS = {
 
 @pytest.mark.parametrize("make", FUSED_CALLS.values(), ids=FUSED_CALLS)
 def test_why_not_fused_is_none(make, device):
-    call = make(device)
-    assert why_not_fused(*call) is None
-    logits, target, *weights = call
-    weights = dict(zip(("weight", "pos_weight"), weights, strict=False))
-    options = {"reduction": "sum", **weights}
-    torch.testing.assert_close(
-        fused(logits, target, **options), torch_bce(logits, target, **options)
-    )
+    call = named(make(device)) | {"reduction": "sum"}
+    assert why_not_fused(**call) is None
+    torch.testing.assert_close(fused(**call), torch_bce(**call))
+
+
+def named(call) -> dict:
+    return dict(zip(("input", "target", "weight", "pos_weight"), call, strict=False))
 
 
 UNFUSED_CALLS = {  # arguments, and the reason
@@ -557,9 +557,54 @@ UNFUSED_CALLS = {  # arguments, and the reason
 @pytest.mark.parametrize(("make", "reason"), UNFUSED_CALLS.values(), ids=UNFUSED_CALLS)
 def test_why_not_fused_of_arguments(make, reason, device):
     Recording.calls = []
-    assert why_not_fused(*make(device)).startswith(reason)
+    assert why_not_fused(**named(make(device))).startswith(reason)
     assert eager_loss(*make(device)) is None
     assert not Recording.calls
+
+
+def test_why_not_fused_takes_what_the_loss_takes(device):
+    of_loss = list(inspect.signature(fused).parameters.values())
+    assert list(inspect.signature(why_not_fused).parameters.values())[: len(of_loss)] == of_loss
+    logits, target = batch(device)
+    weight = torch.rand(4, device=device)
+    for call in [
+        ((logits, target, weight, None, None, "none", weight), {}),
+        ((logits, target, None, False, True), {"reduction": "not read"}),
+        ((logits, target), {"reduction": "batchmean", "label_smoothing": 0.1, "recompute": True}),
+        ((logits, target > 0.5), {"ignore_index": 1, "validate_targets": True}),
+        ((logits, target), {"ignore_index": math.nan}),
+    ]:
+        assert why_not_fused(*call[0], **call[1]) is None
+
+
+ROWS = SparseTarget.from_lists([[0], [1, 3], []], num_labels=4)
+BAD_VALUES = {
+    "reduction": {"reduction": "max"},
+    "no_reduction": {"reduction": None},
+    "smoothing": {"label_smoothing": 1.0},
+    "smoothing_tensor": {"label_smoothing": torch.tensor(0.1)},
+    "smoothing_nan": {"label_smoothing": math.nan},
+    "index": {"ignore_index": "a"},
+    "index_too_large": {"ignore_index": 2**24},
+    "index_of_bool": {"target": torch.zeros(3, 4, dtype=torch.bool), "ignore_index": 255},
+    "target": {"target": torch.full((3, 4), 1.5), "validate_targets": True},
+    "nan_target": {"target": torch.full((3, 4), math.nan), "validate_targets": True},
+    "index_of_rows": {"target": ROWS, "ignore_index": 1},
+    "label": {"target": ROWS._replace(indices=ROWS.indices + 1)},
+    "offsets": {"target": ROWS._replace(offsets=ROWS.offsets + 1)},
+    "values": {"target": ROWS._replace(values=torch.full((3,), 2.0)), "validate_targets": True},
+}
+
+
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, forward_ad.dual_level])
+@pytest.mark.parametrize("bad", BAD_VALUES.values(), ids=BAD_VALUES)
+def test_why_not_fused_of_bad_values(bad, mode):
+    """The loss's error, fused or not."""
+    call = {"input": torch.zeros(3, 4), "target": torch.zeros(3, 4)} | bad
+    with mode():
+        with pytest.raises((TypeError, ValueError, IndexError)) as raised:
+            fused(**call)
+        assert why_not_fused(**call) == str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -673,7 +718,7 @@ def test_why_not_fused_forgives_weights_where_no_gradient_is_taken(device):
     logits, target = batch(device)
     weight = torch.ones(4, dtype=DOUBLE, device=device, requires_grad=True)
     with torch.no_grad():
-        assert why_not_fused(logits, target, weight, weight) is None
+        assert why_not_fused(logits, target, weight, pos_weight=weight) is None
         assert eager_loss(logits, target, weight, weight) is not None
         assert_double_close(fused(logits, target, weight), torch_bce(logits, target, weight))
 
