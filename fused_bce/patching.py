@@ -1,28 +1,50 @@
 """The fused losses for code that nobody edits."""
 
+import functools
 import importlib
 import threading
-from typing import cast
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 
-from fused_bce import functional
+from fused_bce import _C, functional
 from fused_bce.modules import BCEWithLogitsLoss
 
 _torch_class = torch.nn.BCEWithLogitsLoss
 # Where torchvision looks its focal loss up: its public name, and names of their own in the models
 # that train with it.
 _OF_FOCAL = (
-    "torchvision.ops",
     "torchvision.ops.focal_loss",
+    "torchvision.ops",
     "torchvision.models.detection.retinanet",
     "torchvision.models.detection.fcos",
 )
-# By module and name, what stood in the place of ours; empty while nothing is patched.
-_originals: dict = {}
+# By place, a module and a name: our function and the original that it replaced. The second
+# dictionary is of places where something else stood when the original was to be put back: ours may
+# reappear there. Both lie in the compiled module because this one may be reloaded.
+_replaced: dict
+_hidden: dict
+_replaced, _hidden = vars(_C).setdefault("_patched_names", ({}, {}))
 # Two threads that patch at the same time would else take ours for what stood there before.
 _lock = threading.Lock()
+
+
+def _copy(function: Callable, module: str) -> Callable:
+    """The same function as another object, which pickles by the name that it replaces, while
+    ``function`` pickles by its own."""
+    copy = types.FunctionType(function.__code__, function.__globals__)
+    functools.update_wrapper(copy, function)
+    copy.__defaults__, copy.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    copy.__module__ = module
+    return copy
+
+
+_bce = _copy(functional.binary_cross_entropy_with_logits, F.__name__)
+_focal = _copy(functional.sigmoid_focal_loss, _OF_FOCAL[0])
 
 
 class patch:
@@ -30,12 +52,15 @@ class patch:
     with it what ``torch.nn.BCEWithLogitsLoss`` computes.
 
     As a call, until :func:`unpatch`; as a context manager, until its end, also if that is an
-    exception, unless it was replaced already when it began.
+    exception, unless it was replaced already when it began. What something else has put there
+    meanwhile stays, with a warning.
 
     It holds for the whole process, all threads included. The class itself stays torch's: its
     ``forward`` looks the function up in each call, so that every instance takes the fused path,
     whenever it was made, and is still what ``isinstance`` and ``pickle`` expect. For the arguments
-    that torch's class does not have, use :class:`fused_bce.BCEWithLogitsLoss`.
+    that torch's class does not have, use :class:`fused_bce.BCEWithLogitsLoss`. The functions, too,
+    torch's and the one in its place, are pickled by torch's name, now and after :func:`unpatch`: a
+    process without this package loads torch's.
 
     Args:
         focal: whether also ``torchvision.ops.sigmoid_focal_loss`` is replaced, and with it the
@@ -77,40 +102,100 @@ class patch:
 def unpatch() -> None:
     """Puts back what :class:`patch` replaced; does nothing if nothing is replaced.
 
+    Where something else stands by now, another library's wrapper for example, that stays, with a
+    warning (UserWarning). If the fused loss comes to light when it is removed, call this again.
+
     Example:
         >>> import fused_bce
         >>> patched = fused_bce.patch()
         >>> fused_bce.unpatch()
     """
-    _put_back(list(_originals))
+    _put_back([*_replaced])
+    with _lock:
+        for place in [*_hidden]:
+            if _restore(place, *_hidden[place]):
+                del _hidden[place]
 
 
 def _replace(focal: bool) -> list:
-    """The places, modules and names, that were not replaced already."""
-    places: list = [(F, functional.binary_cross_entropy_with_logits)]
+    """The places that were not replaced already."""
+    places: list = [(F, _bce)]
     if focal:
-        modules = [importlib.import_module(name) for name in _OF_FOCAL]
-        places += [(module, functional.sigmoid_focal_loss) for module in modules]
+        places += [(importlib.import_module(module), _focal) for module in _OF_FOCAL]
     with _lock:
-        new = [
-            (module, ours) for module, ours in places if (module, ours.__name__) not in _originals
-        ]
-        # All of them are looked up before one is replaced, for one may not be there.
-        originals = {
-            (module, ours.__name__): getattr(module, ours.__name__) for module, ours in new
+        new = {
+            (module, ours.__name__): ours
+            for module, ours in places
+            if (module, ours.__name__) not in _replaced
         }
-        _originals.update(originals)
-        for module, ours in new:
-            setattr(module, ours.__name__, ours)
-    return [*originals]
+        # All of them are looked up before one is replaced, for one may not be there.
+        found = {place: getattr(*place) for place in new}
+        for place, ours in new.items():
+            if place in _hidden and found[place] is _hidden[place][0]:
+                _replaced[place] = _hidden.pop(place)
+                continue
+            _replaced[place] = ours, found[place]
+            setattr(*place, ours)
+            _name(ours, found[place], *place)
+    return [*new]
 
 
 def _put_back(places: list) -> None:
+    hidden = []
     with _lock:
         for place in places:
-            if place in _originals:
-                module, name = place
-                setattr(module, name, _originals.pop(place))
+            if place in _replaced:
+                pair = _replaced.pop(place)
+                if not _restore(place, *pair):
+                    _hidden.setdefault(place, pair)
+                    hidden.append(place)
+    for module, name in hidden:
+        warnings.warn(
+            f"{module.__name__}.{name} was replaced again after fused_bce.patch(), and stays as it "
+            "is. If that replacement goes, fused_bce.unpatch() removes the fused loss below it",
+            stacklevel=3,
+        )
+
+
+def _restore(place: tuple, ours: Callable, original: Any) -> bool:
+    """Puts the original back in the place of ours; returns whether it is there now."""
+    module, name = place
+    found = getattr(module, name)
+    if found is ours:
+        setattr(module, name, original)
+    elif found is not original:
+        return False
+    _name(original, ours, module, name)
+    return True
+
+
+def _name(present: Any, absent: Any, module: types.ModuleType, name: str) -> None:
+    """Names our function and the original so that pickle finds both here, and in a process without
+    this package the original for both. ``present`` is the one that ``module`` has at ``name``.
+
+    For every function ``f``, ``f.__init__.__self__`` is ``f``. Here that of ``present`` becomes
+    ``absent``.
+    """
+    # Other names need no change: of its four places torchvision's function is named after one, and
+    # another library's replacement after none.
+    for function in (present, absent):
+        if not isinstance(function, types.FunctionType) or function.__module__ != module.__name__:
+            return
+    present.__qualname__ = name
+    present.__init__ = _Self(absent, module, name)
+    absent.__qualname__ = f"{name}.__init__.__self__"
+
+
+class _Self:
+    """Stands for ``__init__`` of the function at ``name``."""
+
+    def __init__(self, function: Callable, module: types.ModuleType, name: str):
+        self.__self__ = function
+        self._place = module, name
+
+    def __reduce__(self):
+        # Pickle's protocols before 4 save what a dotted name passes through.
+        return getattr, (getattr(*self._place), "__init__")
 
 
 def convert(model: torch.nn.Module, *, recompute: bool = False) -> torch.nn.Module:

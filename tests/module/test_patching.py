@@ -1,6 +1,8 @@
 """The fused loss in code that nobody edits: patch, unpatch, convert."""
 
 import copy
+import functools
+import importlib
 import io
 import pickle
 import subprocess
@@ -8,6 +10,8 @@ import sys
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
+from unittest import mock
 
 import pytest
 import torch
@@ -30,6 +34,7 @@ def _unpatched():
     yield
     left = is_patched()
     fused_bce.unpatch()
+    F.binary_cross_entropy_with_logits = torch_bce
     assert not left, "the test left the function replaced"
 
 
@@ -42,10 +47,7 @@ def test_context_manager(device):
     expected = F.binary_cross_entropy_with_logits(*data)
     before = torch.nn.BCEWithLogitsLoss()
     with fused_bce.patch():
-        assert (
-            F.binary_cross_entropy_with_logits
-            is fused_bce.functional.binary_cross_entropy_with_logits
-        )
+        assert is_patched()
         inside = torch.nn.BCEWithLogitsLoss()
         for loss in (inside(*data), before(*data), F.binary_cross_entropy_with_logits(*data)):
             assert is_fused(loss)
@@ -110,7 +112,7 @@ class SlowDict(dict):
 
 
 def test_threads_that_patch_at_the_same_time(monkeypatch):
-    monkeypatch.setattr(patching, "_originals", SlowDict())
+    monkeypatch.setattr(patching, "_replaced", SlowDict())
 
     def work():
         for _ in range(5):
@@ -286,6 +288,7 @@ def torchvision_names(monkeypatch):
     modules = {f"torchvision.{name}": types.ModuleType(name) for name in names}
     for name, module in modules.items():
         module.sigmoid_focal_loss = name
+        module.__name__ = name
         monkeypatch.setitem(sys.modules, name, module)
     return modules
 
@@ -295,7 +298,7 @@ def of_focal(modules) -> list:
 
 
 def test_focal(torchvision_names):
-    ours = [fused_bce.functional.sigmoid_focal_loss] * 4
+    ours = [patching._focal] * 4
     with fused_bce.patch():
         assert of_focal(torchvision_names) == list(torchvision_names)
         # A patch inside another puts back what it replaced itself.
@@ -327,6 +330,177 @@ def test_what_another_put_there_stays(monkeypatch):
             assert torch.nn.functional.binary_cross_entropy_with_logits is theirs
         monkeypatch.undo()
     assert not is_patched()
+
+
+REPLACED_AGAIN = r"binary_cross_entropy_with_logits was replaced again after fused_bce.patch\(\)"
+
+
+@pytest.mark.parametrize("name", ["binary_cross_entropy_with_logits", "sigmoid_focal_loss"])
+def test_unpatched_inside_of_another_replacement(name, torchvision_names):
+    """That of a test, say: what it puts back afterwards is ours, and can be removed."""
+    module = F if name in vars(F) else torchvision_names["torchvision.ops"]
+    original = getattr(module, name)
+    fused_bce.patch(focal=module is not F)
+    with mock.patch.object(module, name) as theirs:
+        with pytest.warns(UserWarning, match=f"{name} was replaced again") as warned:
+            fused_bce.unpatch()
+        assert [warning.filename for warning in warned] == [__file__]
+        assert getattr(module, name) is theirs
+        fused_bce.unpatch()  # It has said so.
+    assert getattr(module, name) is not original
+    fused_bce.unpatch()
+    assert getattr(module, name) is original
+    assert not is_patched()
+
+
+def test_patched_again_where_ours_came_to_light():
+    with mock.patch.object(F, "binary_cross_entropy_with_logits"):
+        fused_bce.patch()
+        fused_bce.unpatch()
+    fused_bce.patch()
+    theirs = mock.patch.object(F, "binary_cross_entropy_with_logits")
+    with theirs, pytest.warns(UserWarning, match=REPLACED_AGAIN):
+        fused_bce.unpatch()
+    with fused_bce.patch():
+        assert is_patched()
+    assert not is_patched()
+
+
+@pytest.mark.parametrize("leave", ["unpatch", "exit"])
+def test_a_wrapper_put_on_top_stays(leave, monkeypatch, device):
+    data = batch(device)
+    context = fused_bce.patch()
+    if leave == "exit":
+        context.__enter__()
+    ours, calls = F.binary_cross_entropy_with_logits, []
+
+    @functools.wraps(ours)
+    def wrapper(*args):
+        calls.append(args)
+        return ours(*args)
+
+    monkeypatch.setattr(F, "binary_cross_entropy_with_logits", wrapper)
+    with pytest.warns(UserWarning, match=REPLACED_AGAIN):
+        fused_bce.unpatch() if leave == "unpatch" else context.__exit__(None, None, None)
+    torch.testing.assert_close(F.binary_cross_entropy_with_logits(*data), torch_bce(*data))
+    assert len(calls) == 1
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        assert pickle.loads(pickle.dumps(torch_bce, protocol)) is torch_bce
+    monkeypatch.undo()
+    fused_bce.unpatch()
+    assert not is_patched()
+
+
+def test_a_replacement_that_ended_meanwhile():
+    """Nothing of it is put back, and nothing of ours is left."""
+    with mock.patch.object(F, "binary_cross_entropy_with_logits"):
+        fused_bce.patch()
+    assert not is_patched()
+    with pytest.warns(UserWarning, match=REPLACED_AGAIN):
+        fused_bce.unpatch()
+    assert not is_patched()
+    with fused_bce.patch():
+        assert is_patched()
+    assert not is_patched()
+
+
+@pytest.mark.parametrize("clear", [False, True], ids=["importlib", "autoreload"])
+@pytest.mark.parametrize("leave", ["unpatch", "exit"])
+def test_reloaded_while_patched(leave, clear):
+    """By importlib, or as IPython's autoreload does it."""
+    with fused_bce.patch():
+        assert is_patched()
+        if clear:
+            kept = {n: vars(patching)[n] for n in ("__name__", "__loader__", "__spec__")}
+            vars(patching).clear()
+            vars(patching).update(kept)
+        importlib.reload(patching)
+        with patching.patch():
+            pass
+        assert is_patched()
+        if leave == "unpatch":
+            fused_bce.unpatch()
+            assert not is_patched()
+    assert not is_patched()
+
+
+def pickled(function) -> list[bytes]:
+    """By every protocol, in C and in Python, and as others do it."""
+    file = io.BytesIO()
+    torch.save([function], file)
+    file.seek(0)
+    assert torch.load(file, weights_only=False) == [function]
+    assert copy.deepcopy(functools.partial(function)).func is function
+    # What the arguments of a spawned process go through
+    made = [bytes(ForkingPickler.dumps(function))]
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        made += [pickle.dumps(function, protocol), pickle._dumps(function, protocol)]
+    assert all(pickle.loads(data) is function for data in made)
+    return made
+
+
+LOADED = """
+import importlib, pickle, sys, torch
+sys.modules["fused_bce"] = None
+original = getattr(importlib.import_module(sys.argv[1]), sys.argv[2])
+pickles = pickle.load(sys.stdin.buffer)
+assert pickles and all(pickle.loads(data) is original for data in pickles)
+"""
+
+
+def check_loaded_elsewhere(pickles, *place, cwd=None):
+    command = [sys.executable, "-c", LOADED, *place]
+    subprocess.run(command, input=pickle.dumps(pickles), check=True, cwd=cwd)
+
+
+def test_functions_are_pickled_by_torchs_name():
+    """Torch's, held from before, and what was picked up in its place: patched and after that. A
+    process without this package gets torch's function."""
+    explicit = fused_bce.functional.binary_cross_entropy_with_logits
+    pickles = []
+    for _ in range(2):
+        with fused_bce.patch():
+            picked_up = F.binary_cross_entropy_with_logits
+            for function in (torch_bce, picked_up):
+                pickles += pickled(function)
+            assert b"fused_bce" in pickle.dumps(explicit)
+            assert pickle.loads(pickle.dumps(explicit)) is explicit
+        pickles += pickled(picked_up)
+        assert pickle.dumps(torch_bce) == PICKLED
+    check_loaded_elsewhere(pickles, "torch.nn.functional", "binary_cross_entropy_with_logits")
+
+
+PICKLED = pickle.dumps(torch_bce)
+
+
+def test_functions_are_pickled_by_torchvisions_name(torchvision_names, tmp_path, monkeypatch):
+    source = "def sigmoid_focal_loss():\n    pass\n"
+    focal_loss = torchvision_names["torchvision.ops.focal_loss"]
+    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+    exec(source, vars(focal_loss))
+    held = focal_loss.sigmoid_focal_loss
+    for module in torchvision_names.values():
+        module.sigmoid_focal_loss = held
+    pickles = []
+    with fused_bce.patch(focal=True):
+        picked_up = [module.sigmoid_focal_loss for module in torchvision_names.values()]
+        assert picked_up == [picked_up[0]] * 4 != [held] * 4
+        for function in (held, picked_up[0]):
+            pickles += pickled(function)
+    pickles += pickled(picked_up[0])
+    # A torchvision for the other process
+    package = tmp_path / "torchvision" / "ops"
+    package.mkdir(parents=True)
+    (package / "focal_loss.py").write_text(source)
+    place = "torchvision.ops.focal_loss", "sigmoid_focal_loss"
+    check_loaded_elsewhere(pickles, *place, cwd=tmp_path)
+
+
+def test_cloudpickle_goes_by_the_name():
+    cloudpickle = pytest.importorskip("cloudpickle")
+    with fused_bce.patch():
+        for function in (torch_bce, F.binary_cross_entropy_with_logits):
+            assert cloudpickle.loads(cloudpickle.dumps(function)) is function
 
 
 def test_one_patch_entered_twice():
