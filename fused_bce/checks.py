@@ -9,9 +9,10 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from fused_bce.dtypes import FLOATS
 from fused_bce.reference import is_ignored
 from fused_bce.registrations import constant_in_graphs
-from fused_bce.sparse import FLOATS, SparseTarget, is_fake, is_traced_by_proxies
+from fused_bce.sparse import SparseTarget, is_fake, is_traced_by_proxies
 
 _MOST_IGNORED = 2**24  # float32 holds all integers up to there
 

@@ -21,16 +21,20 @@ from fused_bce.checks import (
     check_linear_operands,
     check_targets,
 )
+from fused_bce.dtypes import FLOATS, INTEGERS, TARGETS
 from fused_bce.registrations import constant_in_graphs, ensure_sharding
-from fused_bce.sparse import FLOATS as _FLOATS
-from fused_bce.sparse import INTEGERS as _INTEGERS
-from fused_bce.sparse import TARGETS as _TARGETS
 from fused_bce.sparse import SparseTarget, as_sparse
 
 logger = logging.getLogger("fused_bce")
 
-_WEIGHTS = _FLOATS | _INTEGERS | {torch.bool}
-_POS_WEIGHTS = _FLOATS | _INTEGERS
+# What the kernels take of each operand of a pointwise loss. The fast path in csrc/eager_loss.cpp
+# takes no more.
+_COVERED = {
+    "input": FLOATS,
+    "target": TARGETS,
+    "weight": TARGETS,
+    "pos_weight": FLOATS | INTEGERS,
+}
 
 _keys = torch._C._dispatch_keys
 _functorch_level = torch._C._functorch.peek_interpreter_stack
@@ -53,7 +57,6 @@ def _key_set(*keys: str) -> int:
 _CUDA_ARCHS = _C.build_info()["cuda_archs"]
 _DEVICE_TYPES = ("cpu", "cuda") if _CUDA_ARCHS else ("cpu",)
 _CUDA_KEYS = _key_set("CUDA", "AutogradCUDA", "AutocastCUDA")
-_CUDA_BIT = _CUDA_KEYS & ~_plain_keys()
 _NOT_PLAIN = ~(_plain_keys() | (_CUDA_KEYS if _CUDA_ARCHS else 0))
 
 
@@ -145,41 +148,62 @@ def why_not_dense(
     input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None
 ) -> str | None:
     """The same for the loss of logits and a dense target."""
-    if torch.compiler.is_compiling():
-        return _why_not_traced(input, target, weight, pos_weight)
     reason = _why_not_here(input, target, weight, pos_weight)
     if reason is not None:
         return reason
-    try:
-        input_keys, target_keys = _keys(input).raw_repr(), _keys(target).raw_repr()
-    except TypeError:
+    if not isinstance(input, Tensor) or not isinstance(target, Tensor):
         return "input or target is not a tensor"
-    if (input_keys | target_keys) & _NOT_PLAIN and not are_shards(
-        input, target, weight, pos_weight
-    ):
-        return _what_is(*((input, "input") if input_keys & _NOT_PLAIN else (target, "target")))
-    if (input_keys | target_keys) & _CUDA_BIT:
-        if input.device != target.device:
-            return "input and target are on different devices"
-        if not _C.has_kernels_for_gpu(input.get_device()):
-            return f"this build has no kernels for the GPU, only for {_CUDA_ARCHS}"
-    if input.dtype not in _FLOATS:
-        return f"input has dtype {input.dtype}"
-    if target.dtype not in _TARGETS:
-        return f"target has dtype {target.dtype}"
-    if input.shape != target.shape:
-        return "input and target differ in size"
-    if weight is not None:
-        reason = _why_not_weight("weight", weight, _WEIGHTS, input)
+    weights = ("weight", weight), ("pos_weight", pos_weight)
+    operands = ("input", input), ("target", target), *weights
+    for name, tensor in operands:
+        if tensor is None:
+            continue
+        reason = _why_not_ordinary(name, tensor, input, operands)
         if reason is not None:
             return reason
-    if pos_weight is not None:
-        return _why_not_weight("pos_weight", pos_weight, _POS_WEIGHTS, input)
+        if tensor.dtype not in _COVERED[name]:
+            return f"{name} has dtype {tensor.dtype}"
+    if input.shape != target.shape:
+        return "input and target differ in size"
+    return _why_not_constant(weights)
+
+
+def _why_not_ordinary(name: str, tensor: Tensor, input: Tensor, operands) -> str | None:
+    """Why the kernels do not find the values of an operand."""
+    if not isinstance(tensor, Tensor):
+        return f"{name} is not a tensor"
+    if torch.compiler.is_compiling():
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            return f"{name} is not an ordinary tensor"
+        if tensor.device.type not in _DEVICE_TYPES:
+            return f"{name} is on a device without a fused kernel"
+    elif _keys(tensor).raw_repr() & _NOT_PLAIN and not are_shards(*(t for _, t in operands)):
+        return _describe_unordinary(name, tensor)
+    # A weight that is a scalar on the CPU goes with any device.
+    is_scalar = name in ("weight", "pos_weight") and tensor.dim() == 0 and tensor.is_cpu
+    if tensor.device != input.device and not is_scalar:
+        return f"{name} is on another device"
+    if tensor.is_cuda and not _has_kernels_for(tensor):
+        return f"this build has no kernels for the GPU, only for {_CUDA_ARCHS}"
+    return None
+
+
+def _has_kernels_for(tensor: Tensor) -> bool:
+    return torch.compiler.is_compiling() or _C.has_kernels_for_gpu(tensor.get_device())
+
+
+def _why_not_constant(operands) -> str | None:
+    if torch.is_grad_enabled():
+        for name, tensor in operands:
+            if tensor is not None and tensor.requires_grad:
+                return f"{name} requires a gradient"
     return None
 
 
 def _why_not_here(*operands: Tensor | None) -> str | None:
     """What of the surroundings of a call the kernels do not cover."""
+    if torch.compiler.is_compiling():
+        return _why_not_in_graph(*operands)
     if has_torch_function_variadic(*operands) and not _only_default_device(*operands):
         return "a tensor subclass or mode overrides torch functions"
     if _functorch_level() is not None:
@@ -191,78 +215,7 @@ def _why_not_here(*operands: Tensor | None) -> str | None:
     return None
 
 
-def why_not_linear(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor | SparseTarget,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-) -> str | None:
-    """The same for a linear layer and the loss of its logits."""
-    of_target: tuple[Tensor | None, ...]
-    if isinstance(target, SparseTarget):
-        of_target = target.indices, target.offsets, target.values
-    else:
-        of_target = (target,)
-    operands = input, linear_weight, linear_bias, *of_target, weight, pos_weight
-    traced = torch.compiler.is_compiling()
-    reason = _why_not_here_traced(*operands) if traced else _why_not_here(*operands)
-    if reason is not None:
-        return reason
-    given = [t for t in operands if t is not None]
-    if not all(isinstance(t, Tensor) for t in given):
-        return "an operand is not a tensor"
-    sharded = are_shards(input, linear_weight)
-    for tensor in given:
-        if not (traced or sharded) and _keys(tensor).raw_repr() & _NOT_PLAIN:
-            return _what_is(tensor, "an operand")
-        if traced and (tensor.layout is not torch.strided or tensor.is_nested):
-            return "an operand is not an ordinary tensor"
-        if tensor.device != input.device and not (tensor.is_cpu and tensor.dim() == 0):
-            return "operands are on different devices"
-    if input.is_cuda and not traced and not _C.has_kernels_for_gpu(input.get_device()):
-        return f"this build has no kernels for the GPU, only for {_CUDA_ARCHS}"
-    if torch.is_grad_enabled():
-        for tensor in (*of_target, weight, pos_weight):
-            if tensor is not None and tensor.requires_grad:
-                return "a target or a weight of the loss requires a gradient"
-    return None
-
-
-def _why_not_traced(input, target, weight, pos_weight) -> str | None:
-    """The same for a call that torch.compile or torch.export sees: in what they can follow."""
-    reason = _why_not_here_traced(input, target, weight, pos_weight)
-    if reason is not None:
-        return reason
-    for tensor, name, dtypes in (
-        (input, "input", _FLOATS),
-        (target, "target", _TARGETS),
-        (weight, "weight", _WEIGHTS),
-        (pos_weight, "pos_weight", _POS_WEIGHTS),
-    ):
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor):
-            return f"{name} is not a tensor"
-        if tensor.layout is not torch.strided or tensor.is_nested:
-            return f"{name} is not an ordinary tensor"
-        if tensor.device.type not in _DEVICE_TYPES:
-            return f"{name} is on a device without a fused kernel"
-        if tensor.device != input.device and not (tensor.is_cpu and tensor.dim() == 0):
-            return f"{name} is on another device"
-        if tensor.dtype not in dtypes:
-            return f"{name} has dtype {tensor.dtype}"
-    if input.shape != target.shape:
-        return "input and target differ in size"
-    if torch.is_grad_enabled():
-        for tensor, name in ((weight, "weight"), (pos_weight, "pos_weight")):
-            if tensor is not None and tensor.requires_grad:
-                return f"{name} requires a gradient"
-    return None
-
-
-def _why_not_here_traced(*operands: Tensor | None) -> str | None:
+def _why_not_in_graph(*operands: Tensor | None) -> str | None:
     # torch.export itself is such a mode.
     if torch.compiler.is_dynamo_compiling() and has_torch_function_variadic(*operands):
         return "a tensor subclass or mode overrides torch functions"
@@ -279,19 +232,30 @@ def _transformed() -> bool:
     return _functorch_level() is not None or forward_ad._current_level >= 0
 
 
-def _why_not_weight(name: str, weight: Tensor, dtypes: frozenset, input: Tensor) -> str | None:
-    if not isinstance(weight, Tensor):
-        return f"{name} is not a tensor"
-    if _keys(weight).raw_repr() & _NOT_PLAIN and not are_shards(weight):
-        return _what_is(weight, name)
-    if weight.dtype not in dtypes:
-        return f"{name} has dtype {weight.dtype}"
-    # A number on the CPU goes with any device.
-    if weight.device != input.device and not (weight.is_cpu and weight.dim() == 0):
-        return f"{name} is on another device"
-    if weight.requires_grad and torch.is_grad_enabled():
-        return f"{name} requires a gradient"
-    return None
+def why_not_linear(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor | SparseTarget,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+) -> str | None:
+    """The same for a linear layer and the loss of its logits."""
+    if isinstance(target, SparseTarget):
+        of_target = [(name, getattr(target, name)) for name in ("indices", "offsets", "values")]
+    else:
+        of_target = [("target", target)]
+    layer = [("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias)]
+    constants = [*of_target, ("weight", weight), ("pos_weight", pos_weight)]
+    reason = _why_not_here(*(tensor for _, tensor in (*layer, *constants)))
+    if reason is not None:
+        return reason
+    for name, tensor in (*layer, *constants):
+        if tensor is not None:
+            reason = _why_not_ordinary(name, tensor, input, layer[:2])
+            if reason is not None:
+                return reason
+    return _why_not_constant(constants)
 
 
 def _only_default_device(*arguments: Tensor | None) -> bool:
@@ -306,9 +270,9 @@ def _only_default_device(*arguments: Tensor | None) -> bool:
 def has_integers(target: Any) -> bool:
     """Whether this is a target that the kernels take and torch's function does not."""
     if torch.compiler.is_compiling():
-        return target.dtype in _TARGETS - _FLOATS
+        return target.dtype in TARGETS - FLOATS
     with torch._C.DisableTorchFunction():  # a subclass would see its dtype being asked for
-        return isinstance(target, Tensor) and target.dtype in _TARGETS - _FLOATS
+        return isinstance(target, Tensor) and target.dtype in TARGETS - FLOATS
 
 
 def are_shards(*tensors: Tensor | None) -> bool:
@@ -330,7 +294,7 @@ def _replicates_implicitly() -> bool:
     return dispatcher._allow_implicit_replication
 
 
-def _what_is(tensor: Tensor, name: str) -> str:
+def _describe_unordinary(name: str, tensor: Tensor) -> str:
     if tensor.is_cuda and not _CUDA_ARCHS:
         return f"{name} is on a GPU, and this build has no CUDA kernels"
     return f"{name} is not an ordinary tensor on a device with a fused kernel: {_keys(tensor)}"

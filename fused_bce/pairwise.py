@@ -10,9 +10,10 @@ from torch.fx import Proxy
 from torch.overrides import handle_torch_function
 
 from fused_bce.dispatch import are_shards, log_once, why_not_linear
+from fused_bce.dtypes import FLOATS
 from fused_bce.head import check_numbers, linear_loss, on_whole_logits, operator_arguments
 from fused_bce.registrations import ops
-from fused_bce.sparse import FLOATS, SparseTarget
+from fused_bce.sparse import SparseTarget
 
 _NUMBERS = (Real, torch.SymInt, torch.SymFloat)
 

@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-# What a loss takes
-FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
-INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
-TARGETS = FLOATS | INTEGERS | {torch.bool}
+from fused_bce.dtypes import TARGETS
 
 _LABELS = (torch.int32, torch.int64)
 _SPARSE = (
