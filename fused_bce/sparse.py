@@ -1,5 +1,6 @@
 """Targets of which nearly all are 0, as rows of label numbers."""
 
+import math
 import operator
 import sys
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fused_bce.dtypes import TARGETS
 
+_transform = torch._C._functorch.peek_interpreter_stack
 _LABELS = (torch.int32, torch.int64)
 _SPARSE = (
     torch.sparse_coo,
@@ -25,7 +27,7 @@ class SparseTarget(NamedTuple):
     """Targets of N rows and C labels of which nearly all are 0, as rows of label numbers (CSR).
 
     A row has its labels in any order; one that occurs twice counts once (with ``values``: the
-    largest). A named tuple of tensors, so that what moves or pins a batch moves and pins it.
+    largest, or nan if one of them is). A named tuple of tensors, so that what moves or pins a batch moves and pins it.
 
     Attributes:
         indices: (P,) label numbers from 0 to C - 1, int32 or int64.
@@ -214,13 +216,9 @@ class SparseTarget(NamedTuple):
     def to_dense_unchecked(self) -> Tensor:
         """The same without a look at the numbers; what is out of range is left out."""
         num_rows, num_labels = self.shape
-        places = torch.arange(self.indices.shape[0], device=self.offsets.device)
-        rows = torch.searchsorted(self.offsets, places, right=True) - 1
-        inside = (rows >= 0) & (rows < num_rows)
-        inside = inside & (self.indices >= 0) & (self.indices < num_labels)
         # To one element more: a mask would have a length that the host waits for.
         size = num_rows * num_labels + 1
-        places = torch.where(inside, rows * num_labels + self.indices, size - 1)
+        places = self._compute_places(outside=size - 1)
         if self.values is None:
             dense = torch.zeros(size, dtype=torch.bool, device=self.indices.device)
             dense = (
@@ -233,7 +231,12 @@ class SparseTarget(NamedTuple):
         # In place where that is nobody's affair, for there would be two of it.
         functional = _in_graph() or values.requires_grad
         scatter = dense.scatter_reduce if functional else dense.scatter_reduce_
-        dense = scatter(0, places, values, "amax", include_self=False)
+        isnan = values.isnan() if values.requires_grad else None
+        given = values if isnan is None else values.masked_fill(isnan, 0)
+        dense = scatter(0, places, given, "amax", include_self=False)
+        if isnan is not None:
+            # The derivative of amax at nan is nan, also where the loss ignores nan.
+            dense = dense.index_fill(0, places.masked_fill(~isnan, size - 1), math.nan)
         return dense[:-1].view(num_rows, num_labels).to(self.values.dtype)
 
     def like_dense(self) -> Tensor:
@@ -286,11 +289,27 @@ class SparseTarget(NamedTuple):
         return self.values is not None and self.values.is_floating_point()
 
     def count_without_nan(self) -> Tensor:
-        """How many of all N x C targets, which have values, are not nan, as a number in float64."""
-        values = self.read_values()
-        assert values is not None
-        targets = (self.offsets.shape[0] - 1) * self.num_labels
-        return targets - values.isnan().sum(dtype=torch.float64)
+        """How many elements of :meth:`to_dense`, which has floats, are not nan, in float64."""
+        assert self.values is not None
+        isnan = self.values.isnan()
+        size = (self.offsets.shape[0] - 1) * self.num_labels
+        # vmap refuses a branch on a tensor's values.
+        if _readable(isnan) and _transform() is None and not isnan.any():
+            return isnan.new_full((), size, dtype=torch.float64)
+        # A label may occur several times in a row, so count the distinct places. Only a sort does
+        # that with a length known beforehand: torch.unique would make the host wait.
+        places = self._compute_places(outside=-1).masked_fill(~isnan, -1).sort().values
+        changes = places.diff(prepend=places.new_full((1,), -1)) != 0
+        return size - changes.sum(dtype=torch.float64)
+
+    def _compute_places(self, outside: int) -> Tensor:
+        """Where in the flat matrix each target goes; ``outside`` for those that no row has."""
+        num_rows, num_labels = self.shape
+        places = torch.arange(self.indices.shape[0], device=self.offsets.device)
+        rows = torch.searchsorted(self.offsets, places, right=True) - 1
+        inside = (rows >= 0) & (rows < num_rows)
+        inside = inside & (self.indices >= 0) & (self.indices < num_labels)
+        return torch.where(inside, rows * num_labels + self.indices, outside)
 
     def _unread(self) -> Tensor:
         places = torch.arange(self.indices.shape[0], device=self.indices.device)

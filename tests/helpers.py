@@ -220,3 +220,19 @@ def eager_loss(input, target, weight=None, pos_weight=None, *, reduction="mean",
     return fused_bce._C.eager_loss(
         input, target, weight, None, None, reduction, pos_weight, *(defaults | extras).values()
     )
+
+
+def as_rows_with_nan_again(dense: Tensor) -> fused_bce.SparseTarget:
+    """Unsorted rows that name each nan three times, once as a number, over which nan prevails."""
+    rows, columns = dense.nonzero().t()
+    missing = dense.isnan().nonzero().t()
+    rows, columns = (
+        torch.cat([all_places, of_nan, of_nan])
+        for all_places, of_nan in zip((rows, columns), missing, strict=True)
+    )
+    values = dense[rows, columns]
+    values[len(values) - missing.shape[1] :] = 0.25
+    order = torch.randperm(len(rows))
+    return fused_bce.SparseTarget.from_coo(
+        rows[order], columns[order], tuple(dense.shape), values[order]
+    )

@@ -1,5 +1,7 @@
 """The head and the loss of pairs on a GPU: nothing waits for the host, and a graph replays them."""
 
+import math
+
 import pytest
 import torch
 from common import DEVICE, capture, no_synchronisation, sync_debug_mode
@@ -26,6 +28,12 @@ def draw_labels():
     return torch.randint(-1, LABELS, (ROWS, 5), device=DEVICE)
 
 
+def draw_rows_with_nan(labels):
+    """Labels may occur several times in a row, those that are even with nan."""
+    rows = SparseTarget.from_padded(labels, LABELS)
+    return rows._replace(values=torch.where(rows.indices % 2 == 0, math.nan, 0.5))
+
+
 CALLS = {
     "padded": lambda labels: {"target": SparseTarget.from_padded(labels, LABELS)},
     "smoothed": lambda labels: {
@@ -37,6 +45,10 @@ CALLS = {
     "dense, ignored": lambda _: {
         "target": torch.randint(3, (ROWS, LABELS), device=DEVICE),
         "ignore_index": 2,
+    },
+    "values, ignored": lambda labels: {
+        "target": draw_rows_with_nan(labels % 8),
+        "ignore_index": math.nan,
     },
     "blocks": lambda labels: {
         "target": SparseTarget.from_padded(labels, LABELS),

@@ -27,7 +27,7 @@ from head_cases import (
     on_whole_logits,
     relative_error,
 )
-from helpers import dtype_name
+from helpers import as_rows_with_nan_again, dtype_name
 
 import fused_bce
 from fused_bce import LinearBCEWithLogitsLoss, SparseTarget
@@ -107,6 +107,39 @@ def test_ignored_nan(reduction, chunk_bytes, device):
     for one in (target, rows):
         got = evaluate(operands, one.to(device), chunk_bytes=chunk_bytes, **options)
         assert_near(got, want, DOUBLE)
+
+
+@by_chunk
+@by_reduction
+def test_nan_named_again_is_one_element(reduction, chunk_bytes, device):
+    operands = draw_operands(device, torch.float64)
+    dense = draw_target().double()
+    dense[2, ::3] = math.nan
+    target = as_rows_with_nan_again(dense).to(device)
+    options = {"ignore_index": math.nan, "reduction": reduction}
+    want = exact(operands, dense, **options)
+    assert_near(evaluate(operands, target, chunk_bytes=chunk_bytes, **options), want, DOUBLE)
+    target.values.requires_grad_()  # on whole logits
+    assert_near(evaluate(operands, target, **options), want, DOUBLE)
+
+
+def test_values_that_are_ignored_have_no_gradient(device):
+    """A number beside a nan neither."""
+    input, weight, _ = draw_operands(device, torch.float64, rows=2)
+    values = torch.tensor([math.nan, 0.5, math.nan, 0.25], dtype=torch.float64, device=device)
+    rows = SparseTarget.from_lists([[3, 3, 5, 7], []], LABELS, device=device)
+    logits = (input @ weight.t()).detach()
+    for loss in (
+        lambda target: head(input, weight, target, ignore_index=math.nan, reduction="sum"),
+        lambda target: fused_bce.functional.binary_cross_entropy_with_logits(
+            logits, target, ignore_index=math.nan, reduction="sum"
+        ),
+    ):
+        leaf = values.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(loss(rows._replace(values=leaf)), leaf)
+        assert grad[:3].tolist() == [0, 0, 0]
+        # That of the loss by a target is minus the logit.
+        assert relative_error(grad[3], -logits[0, 7].cpu()) <= DOUBLE
 
 
 @by_chunk

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import warnings
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from head_cases import (
     ignore_csr,
     relative_error,
 )
+from helpers import as_rows_with_nan_again
 from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, default_decompositions, export
@@ -71,6 +73,18 @@ def test_compiled(reduction, form, device):
     compiled = torch.compile(head, backend="aot_eager", fullgraph=True)
     got = evaluate(operands, target.to(device), grad_loss=0.3, function=compiled, **options)
     assert_near(got, exact(operands, target, grad_loss=0.3, **options), DOUBLE)
+
+
+def test_nan_named_again_is_one_element(device):
+    """In graphs of any number of entries, which cannot look at the values."""
+    compiled = torch.compile(head, backend="aot_eager", fullgraph=True, dynamic=True)
+    operands = draw_operands(device, torch.float64)
+    for step in (2, 3, 200):
+        dense = draw_target().double()
+        dense[2, ::step] = math.nan
+        target = as_rows_with_nan_again(dense).to(device)
+        got = evaluate(operands, target, function=compiled, ignore_index=math.nan)
+        assert_near(got, exact(operands, dense, ignore_index=math.nan), DOUBLE)
 
 
 def test_inductor(device, monkeypatch):

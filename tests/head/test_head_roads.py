@@ -167,6 +167,20 @@ def test_transforms_go_to_torch(device):
     assert why_not_fused(input, target, linear_weight=weight, linear_bias=bias) is None
 
 
+def test_vmap_over_values(device):
+    """Also where mean counts those that are not nan."""
+    input, weight, _ = (t.detach() for t in draw_operands(device, torch.float64, rows=2))
+    rows = SparseTarget.from_lists([[3, 3, 5], [7]], LABELS, device=device)
+    values = torch.rand(3, 4, dtype=torch.float64, device=device)
+    values[0, :2] = values[1, 2] = math.nan
+
+    def loss(values):
+        return head(input, weight, rows._replace(values=values), ignore_index=math.nan)
+
+    want = torch.stack([loss(v) for v in values])
+    torch.testing.assert_close(torch.func.vmap(loss)(values), want, rtol=1e-13, atol=0)
+
+
 @by_reduction
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3)], ids=str)
 def test_transforms_of_every_shape(shape, reduction, device):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import FLOATS, dtype_name, rounded
+from helpers import FLOATS, as_rows_with_nan_again, dtype_name, rounded
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import logsigmoid, normalize
 
@@ -91,8 +91,7 @@ def test_pairs_left_out(reduction, chunk_bytes, device):
     leaves = draw((12, 7), device)
     values = torch.eye(12, 7, dtype=torch.float64)
     values[torch.rand(12, 7) < 0.2] = math.nan
-    places = (values != 0).nonzero()
-    rows = SparseTarget.from_coo(*places.t(), values.shape, values[tuple(places.t())]).to(device)
+    rows = as_rows_with_nan_again(values).to(device)
     input1, input2, scale, bias = wide = [t.detach().cpu().requires_grad_() for t in leaves]
     logits = (input1 @ input2.t() * scale + bias)[~values.isnan()]
     signs = 2 * values[~values.isnan()] - 1
