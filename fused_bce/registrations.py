@@ -22,7 +22,13 @@ def constant_in_graphs(function):
 
 def outside_graphs(function):
     """What torch.compiler.disable does, for the same reason."""
+    # Dynamo takes this flag for a call that it leaves out of a graph. But then the call runs, and
+    # Dynamo would make graphs of this frame and of those below it.
     function._torchdynamo_disable = True
+    frames = torch._C._dynamo.eval_frame
+    skip = frames._FrameAction.SKIP
+    strategy = frames._FrameExecStrategy(skip, skip)  # of this frame, of those below
+    frames.set_code_exec_strategy(function.__code__, strategy)
     return function
 
 

@@ -168,6 +168,7 @@ class _LossOverProcesses(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @outside_graphs
     def backward(ctx, grad_loss):
         if torch.is_grad_enabled():
             # torch's once_differentiable would not notice: grad_loss is a constant.

@@ -27,7 +27,8 @@ class SparseTarget(NamedTuple):
     """Targets of N rows and C labels of which nearly all are 0, as rows of label numbers (CSR).
 
     A row has its labels in any order; one that occurs twice counts once (with ``values``: the
-    largest, or nan if one of them is). A named tuple of tensors, so that what moves or pins a batch moves and pins it.
+    largest, or nan if one of them is). A named tuple of tensors, so that what moves or pins a batch
+    moves and pins it.
 
     Attributes:
         indices: (P,) label numbers from 0 to C - 1, int32 or int64.

@@ -1,6 +1,7 @@
 """SigLipLoss over processes, against the formula of its authors on all pairs in float64."""
 
 import contextlib
+import warnings
 from functools import partial
 
 import pytest
@@ -13,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.functional import logsigmoid, normalize
 
-from fused_bce import SigLipLoss
+from fused_bce import SigLipLoss, siglip
 from fused_bce.functional import pairwise_sigmoid_loss
 
 WAYS = ("bidir", "shift", "reduce", "gather")
@@ -219,6 +220,49 @@ def check_memory():
         assert peak <= 6.75 * image.nbytes, (way, peak / image.nbytes)
 
 
+def check_compiled():
+    """As many graphs as around a function under torch.compiler.disable, and no warnings of frames
+    that Dynamo tries in vain."""
+    ours = count_graphs()
+    with pytest.MonkeyPatch.context() as patch:
+        disabled = torch.compiler.disable(siglip._over_processes)
+        patch.setattr(siglip, "_over_processes", disabled)
+        backward = torch.compiler.disable(siglip._LossOverProcesses.backward)
+        patch.setattr(siglip._LossOverProcesses, "backward", staticmethod(backward))
+        assert ours == count_graphs()
+
+
+def count_graphs():
+    """Of a training step over batches of several sizes, whose values are those without it."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    module = loss_of_this_process()
+
+    def step(image, text):
+        loss = module(2 * image, text, 10.0, -10.0) * 3
+        loss.backward()
+        return loss
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, backend=backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # torch's own, in its compiler
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+        for rows in (3, 3, 4, 5):
+            features = [normalize(torch.randn(rows, FEATURES)) for _ in range(2)]
+            results = []
+            for function in (compiled, step):
+                leaves = [t.clone().requires_grad_() for t in features]
+                results.append([function(*leaves).detach(), *(t.grad for t in leaves)])
+            assert all(map(torch.equal, *results))
+    return len(graphs)
+
+
 def check_all():
     # Gradients of logits and of features are rounded once each in bfloat16, by half of that.
     half = torch.finfo(torch.bfloat16).eps
@@ -235,6 +279,7 @@ def check_all():
     check_dtensors()
     check_refusals()
     check_memory()
+    check_compiled()
 
 
 @pytest.mark.parametrize(
