@@ -94,21 +94,11 @@ def check_linear_operands(
 ) -> None:
     """Raises what a linear layer and the loss of its logits raise, whoever computes them, but for
     the numbers of a target."""
-    if isinstance(target, SparseTarget):
-        target.check_structure()
-    elif not isinstance(target, Tensor):
-        raise TypeError(f"target must be a SparseTarget or a tensor, not {type(target).__name__}")
-    operands = {
-        "input": input,
-        "linear_weight": linear_weight,
-        "linear_bias": linear_bias,
-        "weight": weight,
-        "pos_weight": pos_weight,
-    }
-    for name, t in operands.items():
-        optional = name not in ("input", "linear_weight")
-        if not (isinstance(t, Tensor) or (optional and t is None)):
-            raise TypeError(f"{name} must be a tensor, not {type(t).__name__}")
+    _check_types(
+        target,
+        {"input": input, "linear_weight": linear_weight},
+        {"linear_bias": linear_bias, "weight": weight, "pos_weight": pos_weight},
+    )
     if torch.jit.is_tracing():
         return  # which would make constants of the answers, and warn
     if linear_weight.dim() != 2:
@@ -122,18 +112,56 @@ def check_linear_operands(
         raise RuntimeError(
             f"linear_bias must be of shape ({num_labels},), not {_size(linear_bias)}"
         )
-    rows = 1
-    for size in input.shape[:-1]:  # not numel, which fixes the sizes in a graph
-        rows = rows * size
-    _check_target_size(input, num_labels, rows, target)
-    for name, t in (("weight", weight), ("pos_weight", pos_weight)):
-        if t is not None:
-            _check_weight_size(name, t, rows, num_labels)
+    _check_sizes(input.shape[:-1], num_labels, target, weight, pos_weight)
     _check_linear_dtypes(input, linear_weight, linear_bias)
 
 
+def check_logits(
+    logits: Tensor,
+    target: Tensor | SparseTarget,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+) -> None:
+    """The same for logits that some layer has computed."""
+    _check_types(target, {"logits": logits}, {"weight": weight, "pos_weight": pos_weight})
+    if torch.jit.is_tracing():
+        return
+    if logits.dim() == 0:
+        raise RuntimeError("logits must be of shape (*, C), not one number")
+    _check_sizes(logits.shape[:-1], logits.shape[-1], target, weight, pos_weight)
+    check_floats("logits", logits)
+
+
+def _check_types(
+    target: Tensor | SparseTarget, given: dict[str, Tensor], optional: dict[str, Tensor | None]
+) -> None:
+    if isinstance(target, SparseTarget):
+        target.check_structure()
+    elif not isinstance(target, Tensor):
+        raise TypeError(f"target must be a SparseTarget or a tensor, not {type(target).__name__}")
+    for name, t in (given | {n: t for n, t in optional.items() if t is not None}).items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(t).__name__}")
+
+
+def _check_sizes(
+    leading: tuple[int, ...],
+    num_labels: int,
+    target: Tensor | SparseTarget,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+) -> None:
+    rows = 1
+    for size in leading:  # not numel, which fixes the sizes in a graph
+        rows = rows * size
+    _check_target_size(leading, num_labels, rows, target)
+    for name, t in (("weight", weight), ("pos_weight", pos_weight)):
+        if t is not None:
+            _check_weight_size(name, t, rows, num_labels)
+
+
 def _check_target_size(
-    input: Tensor, num_labels: int, rows: int, target: Tensor | SparseTarget
+    leading: tuple[int, ...], num_labels: int, rows: int, target: Tensor | SparseTarget
 ) -> None:
     if isinstance(target, SparseTarget):
         if target.offsets.shape[0] - 1 != rows or target.num_labels != num_labels:
@@ -142,10 +170,10 @@ def _check_target_size(
                 f"({(rows, num_labels)})"
             )
         return
-    logits_size = (*input.shape[:-1], num_labels)
+    logits_size = (*leading, num_labels)
     if tuple(target.shape) != logits_size:
         hint = ""
-        if not target.is_floating_point() and target.shape[:-1] == input.shape[:-1]:
+        if not target.is_floating_point() and target.shape[:-1] == leading:
             hint = "; label numbers become a target by SparseTarget.from_padded"
         raise ValueError(
             f"Target size ({_size(target)}) must be that of the logits ({logits_size}){hint}"
@@ -167,13 +195,17 @@ def _check_weight_size(name: str, weight: Tensor, rows: int, num_labels: int) ->
 
 
 def _check_linear_dtypes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
-    if input.dtype not in FLOATS:
-        raise NotImplementedError(
-            f"input must be float16, bfloat16, float32 or float64, not {input.dtype}"
-        )
+    check_floats("input", input)
     for name, t in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         if t is not None and t.dtype is not input.dtype and not _autocast_casts(input, t):
             raise RuntimeError(f"input has dtype {input.dtype} but {name} {t.dtype}")
+
+
+def check_floats(name: str, t: Tensor) -> None:
+    if t.dtype not in FLOATS:
+        raise NotImplementedError(
+            f"{name} must be float16, bfloat16, float32 or float64, not {t.dtype}"
+        )
 
 
 def _autocast_casts(*operands: Tensor) -> bool:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Proxy
+from torch.nn.modules.module import _global_forward_hooks
 from torch.overrides import handle_torch_function
 
 from fused_bce import reference
@@ -15,6 +16,7 @@ from fused_bce.checks import (
     check_ignore_index_of_rows,
     check_label_smoothing,
     check_linear_operands,
+    check_logits,
     check_targets,
 )
 from fused_bce.dispatch import are_shards, log_once, why_not_linear
@@ -120,23 +122,30 @@ def linear_binary_cross_entropy_with_logits(
     check_numbers(reduction, label_smoothing, chunk_bytes)
     target = as_sparse(target)
     check_linear_operands(input, linear_weight, linear_bias, target, weight, pos_weight)
-    if isinstance(target, SparseTarget):
-        target.check()
-        options["ignore_index"] = ignore_index = check_ignore_index_of_rows(ignore_index, target)
-        values = target.read_values() if validate_targets else None
-        if values is not None:
-            check_targets(values, ignore_index)
-    else:
-        if ignore_index is not None:
-            options["ignore_index"] = ignore_index = check_ignore_index(ignore_index, target)
-        if validate_targets:
-            check_targets(target, ignore_index)
+    options["ignore_index"] = _check_target_values(target, ignore_index, validate_targets)
     reason = why_not_linear(input, linear_weight, linear_bias, target, weight, pos_weight)
     if reason is not None:
         if not torch.compiler.is_compiling():
             log_once(reason)
         return on_whole_logits(input, linear_weight, target, options)
     return _fused(input, linear_weight, target, options, chunk_bytes)
+
+
+def _check_target_values(
+    target: Tensor | SparseTarget, ignore_index: object, validate_targets: bool
+) -> int | float | None:
+    """Returns ``ignore_index`` as an int, or as a float if it is nan."""
+    values: Tensor | None
+    if isinstance(target, SparseTarget):
+        target.check()
+        index = check_ignore_index_of_rows(ignore_index, target)
+        values = target.read_values() if validate_targets else None
+    else:
+        index = None if ignore_index is None else check_ignore_index(ignore_index, target)
+        values = target if validate_targets else None
+    if values is not None:
+        check_targets(values, index)
+    return index
 
 
 def _fused(input, linear_weight, target, options, chunk_bytes) -> Tensor:
@@ -208,6 +217,12 @@ def linear_loss(input, linear_weight, target, operands, arguments) -> Tensor:
 def on_whole_logits(input, linear_weight, target, options) -> Tensor:
     rows = input if input.dim() > 1 else input[None]
     logits = F.linear(rows.flatten(0, -2), linear_weight, options["linear_bias"])
+    compute = reference.binary_cross_entropy_with_logits
+    return _compute_from_logits(compute, logits, target, options, rows.size(0))
+
+
+def _compute_from_logits(compute, logits, target, options, batch_size) -> Tensor:
+    """By a loss of dense targets. For logits (N, C)."""
     if isinstance(target, SparseTarget):
         target = target.to_dense()
     # In the dtype of the target, which is that of the loss.
@@ -215,16 +230,16 @@ def on_whole_logits(input, linear_weight, target, options) -> Tensor:
     if target.is_floating_point():
         wide = torch.promote_types(wide, target.dtype)
     batchmean = options["reduction"] == "batchmean"
-    loss = reference.binary_cross_entropy_with_logits(
+    loss = compute(
         logits,
         target.to(wide).reshape(logits.shape),
-        options["weight"],
-        options["pos_weight"],
-        "sum" if batchmean else options["reduction"],
-        options["label_smoothing"],
-        options["ignore_index"],
+        weight=options["weight"],
+        pos_weight=options["pos_weight"],
+        reduction="sum" if batchmean else options["reduction"],
+        label_smoothing=options["label_smoothing"],
+        ignore_index=options["ignore_index"],
     )
-    return loss / rows.size(0) if batchmean else loss
+    return loss / batch_size if batchmean else loss
 
 
 def check_numbers(reduction: str, label_smoothing: float, chunk_bytes: int | None) -> None:
@@ -255,6 +270,55 @@ class _Linear(torch.nn.Linear):
         return loss(input, self.weight, target, linear_bias=self.bias)
 
 
+# Whose wrappers pass on calls, and whose hooks move tensors or look at them, but compute nothing
+_WRAPPERS = ("torch.distributed.", "torch.nn.parallel.distributed.", "torch._dynamo.")
+_HOOKS = ("torch.distributed.", "torch.utils.", "accelerate.", "deepspeed.")
+
+
+def _why_not_computed_by(layer: torch.nn.Module) -> str | None:
+    """Why the forward of this layer must return the logits, instead of their loss; None if it need
+    not."""
+    while not isinstance(layer, _Linear) and _is_from(_WRAPPERS, type(layer)):
+        (layer,) = layer.children()
+    if getattr(type(layer), "forward", None) is not _Linear.forward:
+        return f"the layer of the head is a {type(layer).__name__}"
+    # They expect logits, or the gradient of logits.
+    hooks = [
+        *layer._forward_hooks.values(),
+        *layer._backward_hooks.values(),
+        *layer._backward_pre_hooks.values(),
+        *_global_forward_hooks.values(),
+    ]
+    if not all(_is_from(_HOOKS, hook) for hook in hooks):
+        return "the layer of the head has hooks"
+    if "forward" in layer.__dict__ and not _is_from(_HOOKS, layer.forward):
+        return "the forward of the head's layer was replaced"
+    return None
+
+
+def _is_from(packages: tuple[str, ...], function: Any) -> bool:
+    module = getattr(getattr(function, "func", function), "__module__", None)  # of a partial
+    return f"{module}.".startswith(packages)
+
+
+def _loss_of_logits(logits, target, *, validate_targets, **options) -> Tensor:
+    """The loss of logits that some other layer has computed."""
+    if isinstance(logits, Proxy):
+        options["validate_targets"] = validate_targets
+        return handle_torch_function(_loss_of_logits, (logits,), logits, target, **options)
+    from fused_bce.functional import binary_cross_entropy_with_logits  # which imports this module
+
+    check_numbers(options["reduction"], options["label_smoothing"], None)
+    target = as_sparse(target)
+    check_logits(logits, target, options["weight"], options["pos_weight"])
+    options["ignore_index"] = _check_target_values(
+        target, options["ignore_index"], validate_targets
+    )
+    rows = logits if logits.dim() > 1 else logits[None]
+    compute = binary_cross_entropy_with_logits
+    return _compute_from_logits(compute, rows.flatten(0, -2), target, options, rows.size(0))
+
+
 class LinearBCEWithLogitsLoss(torch.nn.Module):
     """A linear layer and the loss of its logits, which never exist as a whole: see
     :func:`fused_bce.functional.linear_binary_cross_entropy_with_logits`.
@@ -269,7 +333,9 @@ class LinearBCEWithLogitsLoss(torch.nn.Module):
         label_smoothing, ignore_index, validate_targets, chunk_bytes: see the function.
 
     Attributes:
-        linear: the layer; ``head.linear(input)`` are the logits, for prediction.
+        linear: the layer; ``head.linear(input)`` are the logits, for prediction. Another module may
+            take its place, or wrap it, as adapters (LoRA) do. Then the loss is that of the logits
+            that it returns, whole, without the savings; so it is where the layer has hooks.
 
     Shape:
         - input: (\\*, F).
@@ -318,22 +384,56 @@ class LinearBCEWithLogitsLoss(torch.nn.Module):
         self.validate_targets = validate_targets
         self.chunk_bytes = chunk_bytes
 
+    @classmethod
+    def from_linear(cls, layer: torch.nn.Linear, **options: Any) -> "LinearBCEWithLogitsLoss":
+        """A head that shares the weight and the bias of a layer.
+
+        Args:
+            layer: with F input and C output features.
+            options: those of the constructor beyond ``dtype``.
+
+        Raises:
+            TypeError: for another layer, and for one whose weight is no parameter (pruned, or with
+                a parametrization): set ``head.linear`` to that.
+
+        Example:
+            >>> import torch
+            >>> from fused_bce import LinearBCEWithLogitsLoss
+            >>> layer = torch.nn.Linear(8, 1000)
+            >>> head = LinearBCEWithLogitsLoss.from_linear(layer, reduction="batchmean")
+            >>> head.linear.weight is layer.weight
+            True
+        """
+        if not isinstance(layer, torch.nn.Linear):
+            raise TypeError(f"layer must be a torch.nn.Linear, not {type(layer).__name__}")
+        bias = layer.bias is not None
+        head = cls(layer.in_features, layer.out_features, bias=bias, device="meta", **options)
+        head.linear.weight, head.linear.bias = layer.weight, layer.bias
+        return head
+
     def forward(self, input: Tensor, target: Tensor | SparseTarget) -> Tensor:
-        # By name: the hooks of tensor parallelism pass on the first argument and these.
-        return self.linear(input, target=target, loss=self._loss)
+        reason = _why_not_computed_by(self.linear)
+        if reason is None:
+            # By name: the hooks of tensor parallelism pass on the first argument and these.
+            return self.linear(input, target=target, loss=self._loss)
+        if not torch.compiler.is_compiling():
+            log_once(reason)
+        return _loss_of_logits(self.linear(input), target, **self._options())
 
     def _loss(self, *operands, linear_bias: Tensor | None) -> Tensor:
         return linear_binary_cross_entropy_with_logits(
-            *operands,
-            linear_bias=linear_bias,
-            weight=self.weight,
-            pos_weight=self.pos_weight,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            ignore_index=self.ignore_index,
-            validate_targets=self.validate_targets,
-            chunk_bytes=self.chunk_bytes,
+            *operands, linear_bias=linear_bias, chunk_bytes=self.chunk_bytes, **self._options()
         )
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "weight": self.weight,
+            "pos_weight": self.pos_weight,
+            "reduction": self.reduction,
+            "label_smoothing": self.label_smoothing,
+            "ignore_index": self.ignore_index,
+            "validate_targets": self.validate_targets,
+        }
 
     def extra_repr(self) -> str:
         defaults = {

@@ -390,3 +390,35 @@ def test_torchvision_detection(name, device):
     ]
     ours, theirs = train_patched(make, loss_of, batches, device, focal=True)
     assert_same_training(ours, theirs, FOCAL_LOSS, FOCAL_GRADIENT)
+
+
+@pytest.mark.parametrize("modules", [["linear"], "all-linear"], ids=str)
+def test_peft(modules, device):
+    """LoRA of the head's layer, whose result is the logits, not the loss."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = torch.nn.Linear(8, 6)
+            self.head = fused_bce.LinearBCEWithLogitsLoss(6, 20, bias=True)
+
+        def forward(self, x, target):
+            return self.head(self.encoder(x), target)
+
+    config = peft.LoraConfig(target_modules=modules, init_lora_weights=False)
+    model = peft.get_peft_model(Model(), config).to(device)
+    x = torch.randn(BATCH, 8, device=device)
+    dense = torch.rand(BATCH, 20, device=device) < 0.2
+    target = fused_bce.SparseTarget.from_coo(*dense.nonzero().t(), (BATCH, 20))
+    loss = model(x, target)
+    logits = model.base_model.head.linear(model.base_model.encoder(x))
+    want = torch.nn.functional.binary_cross_entropy_with_logits(logits, dense.float())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == (2 if modules == ["linear"] else 4)
+    torch.testing.assert_close(loss, want, rtol=LOSS, atol=0)
+    got, wanted = (torch.autograd.grad(one, trained) for one in (loss, want))
+    largest = max(gradient.abs().max().item() for gradient in wanted)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=GRADIENT * largest)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(x, target), want, rtol=2 * LOSS, atol=0)
