@@ -1,9 +1,10 @@
 """Targets of which nearly all are 0, as rows of label numbers."""
 
+import functools
 import math
 import operator
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -341,6 +342,26 @@ class SparseTarget(NamedTuple):
         inside = (indices >= 0) & (indices < self.num_labels)
         torch._assert_async((inside | self._unread()).all(), "a label is out of range")
 
+
+def _take_all_fields_at_once(make):
+    """Libraries rebuild a container as ``type(data)(move(v) for v in data)``: one argument."""
+
+    @functools.wraps(make)
+    def make_from_any(cls, *fields, **named):
+        if len(fields) == 1 and not named and isinstance(fields[0], list | tuple | Iterator):
+            fields = tuple(fields[0])
+            if len(fields) != len(cls._fields):
+                raise TypeError(
+                    f"a SparseTarget has 4 fields, not {len(fields)}; label numbers become one by "
+                    "from_lists or from_padded"
+                )
+        return make(cls, *fields, **named)
+
+    return make_from_any
+
+
+# Not in the class, which typing forbids, nor in a subclass, which torch.compile would not take.
+SparseTarget.__new__ = _take_all_fields_at_once(SparseTarget.__new__)  # type: ignore[method-assign]
 
 torch.serialization.add_safe_globals([SparseTarget])
 if hasattr(pytree, "_register_namedtuple"):  # for torch.export.save

@@ -1,6 +1,7 @@
 """Rows of label numbers: their constructors, checks, and what carries them about."""
 
 import copy
+import inspect
 import io
 import pickle
 import re
@@ -11,8 +12,9 @@ import pytest
 import torch
 from head_cases import as_rows, draw_target, ignore_csr, matrix_of
 from memory import bytes_of
+from torch.distributed.utils import _apply_to_tensors
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, default_collate, default_convert
 
 from fused_bce import SparseTarget
 from fused_bce.sparse import as_sparse
@@ -388,6 +390,63 @@ def test_is_carried_like_tensors(device):
     if device == "cuda":
         pinned = target._replace(**{n: getattr(target, n).pin_memory() for n in ("indices",)})
         assert pinned.to(device, non_blocking=True).indices.is_cuda
+
+
+REBUILDERS = {
+    "transformers": lambda move, data: type(data)(move(v) for v in data),
+    "a list": lambda move, data: type(data)([move(v) for v in data]),
+    "a tuple": lambda move, data: type(data)(tuple(map(move, data))),
+    "map": lambda move, data: type(data)(map(move, data)),
+    "accelerate": lambda move, data: type(data)(*[move(v) for v in data]),
+    "by name": lambda move, data: type(data)(**{n: move(v) for n, v in data._asdict().items()}),
+    "_make": lambda move, data: type(data)._make(map(move, data)),
+    "pytree": lambda move, data: pytree.tree_map(move, data),
+    "torch.distributed": lambda move, data: _apply_to_tensors(move, data),
+    "default_convert": lambda move, data: default_convert(move_each(move, data)),
+    "without None": lambda move, data: type(data)(*(move(v) for v in data if v is not None)),
+}
+
+
+def move_each(move, data):
+    return data._replace(**{name: move(value) for name, value in data._asdict().items()})
+
+
+@pytest.mark.parametrize("values", [None, 0.5])
+@pytest.mark.parametrize("rebuild", REBUILDERS.values(), ids=REBUILDERS)
+def test_is_rebuilt(rebuild, values):
+    """By what moves a batch: the tensors moved, the number of labels and None as they are."""
+    target = SparseTarget.from_lists([[3, 0], [], [1]], 4)
+    if values is not None:
+        target = target._replace(values=torch.full((3,), values))
+
+    def move(value):
+        return value.clone() if isinstance(value, torch.Tensor) else value
+
+    moved = rebuild(move, target)
+    assert type(moved) is SparseTarget
+    assert type(moved.num_labels) is int
+    assert (moved.values is None) == (values is None)
+    check(moved, target.to_dense())
+    assert moved.indices is not target.indices
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([[0, 3], [], [1]],), "has 4 fields, not 3; label numbers become one by from_lists"),
+        ((iter([]),), "has 4 fields, not 0"),
+        (("four",), "missing 2 required positional arguments: 'offsets' and 'num_labels'"),
+        ((torch.zeros(4),), "missing 2 required positional arguments"),
+        ((np.zeros(4),), "missing 2 required positional arguments"),
+        (([0], [0, 1]), "missing 1 required positional argument: 'num_labels'"),
+        (([0], [0, 1], 4, None, 5), "takes from 4 to 5 positional arguments but 6 were given"),
+    ],
+    ids=str,
+)
+def test_too_few_fields(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        SparseTarget(*arguments)
+    assert [*inspect.signature(SparseTarget).parameters] == [*SparseTarget._fields]
 
 
 def collate(rows):

@@ -422,3 +422,34 @@ def test_peft(modules, device):
     torch.testing.assert_close(got, wanted, rtol=0, atol=GRADIENT * largest)
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(x, target), want, rtol=2 * LOSS, atol=0)
+
+
+def by_trainer(target, device):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    arguments = transformers.TrainingArguments(use_cpu=device == "cpu", report_to=[])
+    trainer = transformers.Trainer(torch.nn.Linear(1, 1), arguments)
+    return trainer._prepare_inputs({"target": target})["target"]
+
+
+def by_accelerate(target, device):
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    return accelerate.utils.send_to_device({"target": target}, device)["target"]
+
+
+def by_lightning(target, device):
+    lightning = pytest.importorskip("lightning", reason="Lightning is not installed")
+    move = lightning.fabric.utilities.apply_func.move_data_to_device
+    return move({"target": target}, torch.device(device))["target"]
+
+
+@pytest.mark.parametrize("move", [by_trainer, by_accelerate, by_lightning])
+@pytest.mark.parametrize("values", [None, 0.5])
+def test_sparse_targets_are_moved(move, values, device):
+    target = fused_bce.SparseTarget.from_lists([[3, 0], [], [1]], 4)
+    if values is not None:
+        target = target._replace(values=torch.full((3,), values))
+    moved = move(target, device)
+    assert type(moved) is fused_bce.SparseTarget
+    assert type(moved.num_labels) is int
+    assert moved.indices.device.type == device
+    assert torch.equal(moved.to_dense().cpu(), target.to_dense())
