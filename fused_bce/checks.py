@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_bce.dtypes import FLOATS
 from fused_bce.reference import is_ignored
 from fused_bce.registrations import constant_in_graphs
-from fused_bce.sparse import SparseTarget, is_fake, is_traced_by_proxies
+from fused_bce.sparse import SparseTarget, as_integer, is_fake, is_traced_by_proxies
 
 _MOST_IGNORED = 2**24  # float32 holds all integers up to there
 
@@ -22,6 +22,36 @@ def check_label_smoothing(label_smoothing: float) -> None:
         raise TypeError("label_smoothing must be a number, not a tensor")
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing must lie in [0, 1), not be {label_smoothing}")
+
+
+def check_reduction(reduction: str, allowed: tuple[str, ...]) -> None:
+    if reduction not in allowed:
+        raise ValueError(f"{reduction} is not a valid value for reduction")  # torch's words
+
+
+def check_reduction_to_scalar(reduction: str) -> None:
+    if reduction == "none":
+        raise ValueError(
+            "reduction 'none' would return a matrix as large as the logits, which this loss is "
+            "there to avoid; for it call binary_cross_entropy_with_logits"
+        )
+    check_reduction(reduction, ("mean", "sum", "batchmean"))
+
+
+def check_chunk_bytes(chunk_bytes: int | None) -> int | None:
+    """The same as an int of Python, or None."""
+    if chunk_bytes is None:
+        return None
+    chunk_bytes = as_integer("chunk_bytes", chunk_bytes)
+    if not 1 <= chunk_bytes < 2**63:
+        raise ValueError(f"chunk_bytes must be positive and less than 2**63, not {chunk_bytes}")
+    return chunk_bytes
+
+
+def check_options(label_smoothing: float, ignore_index: object) -> int | float | None:
+    """What the constructors of all losses check. Returns ``ignore_index`` as an int or nan."""
+    check_label_smoothing(label_smoothing)
+    return None if ignore_index is None else check_ignore_index(ignore_index, None)
 
 
 def check_focal_numbers(alpha: float, gamma: float, gamma_neg: float | None) -> None:

@@ -14,6 +14,8 @@ from fused_bce.checks import (
     check_ignore_index,
     check_ignore_index_of_rows,
     check_label_smoothing,
+    check_options,
+    check_reduction,
     check_targets,
     is_invalid,
 )
@@ -280,13 +282,13 @@ class SigmoidFocalLoss(_WeightedLoss):
         super().__init__(weight, reduction=reduction)
         # Before a parameter that was to be trained would become a number
         check_focal_numbers(alpha, gamma, gamma_neg)
-        check_label_smoothing(label_smoothing)
+        check_reduction(reduction, tuple(_REDUCTIONS))
         # As torch.jit.script has them
         self.alpha = float(alpha)
         self.gamma = float(gamma)
         self.gamma_neg = None if gamma_neg is None else float(gamma_neg)
         self.label_smoothing = float(label_smoothing)
-        self.ignore_index = ignore_index
+        self.ignore_index = check_options(label_smoothing, ignore_index)
         self.validate_targets = bool(validate_targets)
         self.recompute = bool(recompute)
 

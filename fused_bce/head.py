@@ -12,11 +12,14 @@ from torch.overrides import handle_torch_function
 
 from fused_bce import reference
 from fused_bce.checks import (
+    check_chunk_bytes,
     check_ignore_index,
     check_ignore_index_of_rows,
     check_label_smoothing,
     check_linear_operands,
     check_logits,
+    check_options,
+    check_reduction_to_scalar,
     check_targets,
 )
 from fused_bce.dispatch import are_shards, log_once, why_not_linear
@@ -119,7 +122,10 @@ def linear_binary_cross_entropy_with_logits(
             **options,
             chunk_bytes=chunk_bytes,
         )
-    check_numbers(reduction, label_smoothing, chunk_bytes)
+    check_reduction_to_scalar(reduction)
+    if torch.compiler.is_compiling() or label_smoothing != 0:
+        check_label_smoothing(label_smoothing)
+    chunk_bytes = check_chunk_bytes(chunk_bytes)
     target = as_sparse(target)
     check_linear_operands(input, linear_weight, linear_bias, target, weight, pos_weight)
     options["ignore_index"] = _check_target_values(target, ignore_index, validate_targets)
@@ -242,24 +248,6 @@ def _compute_from_logits(compute, logits, target, options, batch_size) -> Tensor
     return loss / batch_size if batchmean else loss
 
 
-def check_numbers(reduction: str, label_smoothing: float, chunk_bytes: int | None) -> None:
-    if reduction == "none":
-        raise ValueError(
-            "reduction 'none' would return a matrix as large as the logits, which this loss is "
-            "there to avoid; for it call binary_cross_entropy_with_logits"
-        )
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"{reduction} is not a valid value for reduction")
-    if torch.compiler.is_compiling() or label_smoothing != 0:
-        check_label_smoothing(label_smoothing)
-    if chunk_bytes is None:
-        return
-    if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
-        raise TypeError(f"chunk_bytes must be an integer or None, not {chunk_bytes!r}")
-    if not 1 <= chunk_bytes < 2**63:
-        raise ValueError(f"chunk_bytes must be positive and less than 2**63, not {chunk_bytes}")
-
-
 class _Linear(torch.nn.Linear):
     """A linear layer whose forward is also the loss of its logits: what hooks the forward of the
     module that owns a weight, to bring it from elsewhere for example, then sees it."""
@@ -308,7 +296,7 @@ def _loss_of_logits(logits, target, *, validate_targets, **options) -> Tensor:
         return handle_torch_function(_loss_of_logits, (logits,), logits, target, **options)
     from fused_bce.functional import binary_cross_entropy_with_logits  # which imports this module
 
-    check_numbers(options["reduction"], options["label_smoothing"], None)
+    check_reduction_to_scalar(options["reduction"])
     target = as_sparse(target)
     check_logits(logits, target, options["weight"], options["pos_weight"])
     options["ignore_index"] = _check_target_values(
@@ -372,9 +360,9 @@ class LinearBCEWithLogitsLoss(torch.nn.Module):
         chunk_bytes: int | None = None,
     ):
         super().__init__()
-        check_numbers(reduction, label_smoothing, chunk_bytes)
-        if ignore_index is not None:
-            ignore_index = check_ignore_index(ignore_index, None)
+        check_reduction_to_scalar(reduction)
+        ignore_index = check_options(label_smoothing, ignore_index)
+        chunk_bytes = check_chunk_bytes(chunk_bytes)
         self.linear = _Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
         self.register_buffer("weight", weight)
         self.register_buffer("pos_weight", pos_weight)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from fused_bce.checks import check_options
 from fused_bce.functional import binary_cross_entropy_with_logits
 
 
@@ -75,7 +76,7 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
     ):
         super().__init__(weight, size_average, reduce, reduction, pos_weight)
         self.label_smoothing = label_smoothing
-        self.ignore_index = ignore_index
+        self.ignore_index = check_options(label_smoothing, ignore_index)
         self.validate_targets = validate_targets
         self.recompute = recompute
 

@@ -9,9 +9,14 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.overrides import handle_torch_function
 
+from fused_bce.checks import (
+    check_chunk_bytes,
+    check_floats,
+    check_reduction_to_scalar,
+    check_targets,
+)
 from fused_bce.dispatch import are_shards, log_once, why_not_linear
-from fused_bce.dtypes import FLOATS
-from fused_bce.head import check_numbers, linear_loss, on_whole_logits, operator_arguments
+from fused_bce.head import linear_loss, on_whole_logits, operator_arguments
 from fused_bce.registrations import ops
 from fused_bce.sparse import SparseTarget
 
@@ -27,6 +32,7 @@ def pairwise_sigmoid_loss(
     positives: str | SparseTarget | None = "diagonal",
     reduction: str = "batchmean",
     chunk_bytes: int | None = None,
+    validate_targets: bool = False,
 ) -> Tensor:
     """The sigmoid loss of all pairs (`Zhai et al., 2023 <https://arxiv.org/abs/2303.15343>`_):
     binary cross entropy with logits ``logit_scale * input1 @ input2.T + logit_bias``, which are
@@ -45,16 +51,18 @@ def pairwise_sigmoid_loss(
             between 0 and 1 is for a pair that may be positive, and nan for one that is left out.
         reduction: ``"batchmean"``, the sum over N, as SigLIP has it; ``"mean"`` or ``"sum"``.
         chunk_bytes: most bytes of a block of logits; None: by device.
+        validate_targets: raises for ``values`` outside [0, 1] that are not nan.
 
     Returns:
         One number, float32, or float64 for inputs of float64. Inputs, scale and bias can be
         differentiated, twice.
 
     Raises:
-        ValueError: for an unknown reduction or ``positives``, and ``chunk_bytes`` that is not
-            positive.
-        RuntimeError: for inputs that are no matrices, are of another dtype, or differ in features,
-            dtype or device, and for a scale or bias of several numbers or on another device.
+        ValueError: for an unknown reduction or ``positives``, ``chunk_bytes`` that is not positive,
+            and an invalid target.
+        NotImplementedError: for inputs that are no floats.
+        RuntimeError: for inputs that are no matrices, or differ in features, dtype or device, and
+            for a scale or bias of several numbers or on another device.
         TypeError: for inputs that are no tensors, a scale or bias that is neither a real number nor
             a tensor, other ``positives``, and ``chunk_bytes`` that is no integer.
         IndexError, TypeError: for a bad SparseTarget.
@@ -80,12 +88,17 @@ def pairwise_sigmoid_loss(
             positives=positives,
             reduction=reduction,
             chunk_bytes=chunk_bytes,
+            validate_targets=validate_targets,
         )
-    check_numbers(reduction, 0.0, chunk_bytes)
+    check_reduction_to_scalar(reduction)
+    chunk_bytes = check_chunk_bytes(chunk_bytes)
     check_pairs(*operands)
     target = _target(positives, input1, input2)
     # A pair whose value is nan is left out.
     ignore_index = math.nan if target.has_floats() else None
+    values = target.read_values() if validate_targets else None
+    if values is not None:
+        check_targets(values, ignore_index)
     pairs = PairwiseOperands.of(*operands, chunk_bytes, reduction, target, ignore_index)
     layer = pairs.scaled, input2, target
     options: dict[str, Any] = {
@@ -196,10 +209,7 @@ def check_pairs(
     for name, features in (("input1", input1), ("input2", input2)):
         if not isinstance(features, Tensor):
             raise TypeError(f"{name} must be a tensor, not {type(features).__name__}")
-        if features.dtype not in FLOATS:
-            raise RuntimeError(
-                f"{name} must be float16, bfloat16, float32 or float64, not {features.dtype}"
-            )
+        check_floats(name, features)
     if input1.dim() != 2 or input2.dim() != 2 or input1.shape[1] != input2.shape[1]:
         raise RuntimeError(
             f"inputs must be of shapes (N, F) and (M, F), not {tuple(input1.shape)} and "

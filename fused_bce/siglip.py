@@ -13,6 +13,7 @@ from torch.overrides import handle_torch_function
 from fused_bce.dispatch import are_shards
 from fused_bce.pairwise import PairwiseOperands, check_pairs, logits_dtype, pairwise_sigmoid_loss
 from fused_bce.registrations import outside_graphs
+from fused_bce.sparse import as_integer
 
 
 class _Turn(NamedTuple):
@@ -53,6 +54,7 @@ class SigLipLoss(torch.nn.Module):
     Raises:
         ValueError: for an unknown ``dist_impl``, and in several processes for a ``rank`` or
             ``world_size`` that is not torch.distributed's.
+        TypeError: for ``rank``, ``world_size`` or ``chunk_size`` that is no integer.
         RuntimeError: in several processes, without an initialised group, for DTensors, for
             gradients of the loss that differ, and for a second derivative.
 
@@ -79,10 +81,10 @@ class SigLipLoss(torch.nn.Module):
         if dist_impl is not None and dist_impl not in _EXCHANGES:
             raise ValueError(f"dist_impl must be one of {[*_EXCHANGES]}, not {dist_impl!r}")
         self.cache_labels = cache_labels
-        self.rank = rank
-        self.world_size = world_size
+        self.rank = as_integer("rank", rank)
+        self.world_size = as_integer("world_size", world_size)
         self.dist_impl = dist_impl or "bidir"
-        self.chunk_size = chunk_size
+        self.chunk_size = as_integer("chunk_size", chunk_size)
 
     def forward(
         self,

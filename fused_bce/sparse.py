@@ -73,7 +73,7 @@ class SparseTarget(NamedTuple):
         if indices.dim() != 2:
             raise ValueError(f"indices must be of shape (N, K), not {tuple(indices.shape)}")
         # In uint8, -1 would be 255.
-        kept = indices.to(torch.int64) != _integer("padding_value", padding_value)
+        kept = indices.to(torch.int64) != as_integer("padding_value", padding_value)
         flat = kept.flatten()
         # All padding to one place at the end, which is left out: a mask would have a length to wait
         # for.
@@ -462,7 +462,7 @@ def _is_int(n: object) -> bool:
     return isinstance(n, int | torch.SymInt) and not isinstance(n, bool)
 
 
-def _integer(name: str, n: int) -> int:
+def as_integer(name: str, n: int) -> int:
     if _is_int(n):
         return n
     if isinstance(n, bool) or not hasattr(n, "__index__"):
@@ -471,7 +471,7 @@ def _integer(name: str, n: int) -> int:
 
 
 def _count(name: str, n: int) -> int:
-    n = _integer(name, n)
+    n = as_integer(name, n)
     if not torch.jit.is_tracing() and n < 0:
         raise ValueError(f"{name} must not be negative, as {n}")
     return n

@@ -304,7 +304,12 @@ REFUSED = {
     "features": ((ONES, torch.ones(3, 5)), {}, RuntimeError, "must be of shapes"),
     "dimensions": ((ONES, torch.ones(4)), {}, RuntimeError, "must be of shapes"),
     "no tensor": ((ONES, [[1.0]]), {}, TypeError, "input2 must be a tensor, not list"),
-    "integers": ((ONES.long(), ONES.long()), {}, RuntimeError, "input1 must be .* not torch.int64"),
+    "integers": (
+        (ONES.long(), ONES.long()),
+        {},
+        NotImplementedError,
+        "input1 must be .* not torch.int64",
+    ),
     "dtypes": ((ONES, ONES.double()), {}, RuntimeError, "inputs have dtypes"),
     "devices": ((ONES, ONES.to("meta")), {}, RuntimeError, "inputs are on cpu and meta"),
     "complex": ((ONES, ONES, torch.tensor(1j)), {}, TypeError, "logit_scale must be real"),
