@@ -15,10 +15,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fused_bce import _C
 from fused_bce.checks import (
+    check_chunk_bytes,
     check_ignore_index,
     check_ignore_index_of_rows,
     check_label_smoothing,
     check_linear_operands,
+    check_reduction_to_scalar,
     check_targets,
 )
 from fused_bce.dtypes import FLOATS, INTEGERS, TARGETS
@@ -102,10 +104,8 @@ def why_not_fused(
         if linear_weight is not None:
             if legacy or recompute:
                 raise TypeError("with linear_weight go no size_average, reduce and recompute")
-            # A module that imports this one.
-            from fused_bce.head import check_numbers
-
-            check_numbers(reduction, label_smoothing, chunk_bytes)
+            check_reduction_to_scalar(reduction)
+            check_chunk_bytes(chunk_bytes)
             check_linear_operands(input, linear_weight, linear_bias, target, weight, pos_weight)
         else:
             if isinstance(target, SparseTarget):

@@ -441,7 +441,7 @@ def test_is_rebuilt(rebuild, values):
         (([0], [0, 1]), "missing 1 required positional argument: 'num_labels'"),
         (([0], [0, 1], 4, None, 5), "takes from 4 to 5 positional arguments but 6 were given"),
     ],
-    ids=str,
+    ids=["lists", "iterator", "text", "tensor", "array", "two", "five"],
 )
 def test_too_few_fields(arguments, message):
     with pytest.raises(TypeError, match=message):
