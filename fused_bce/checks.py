@@ -97,6 +97,24 @@ def check_ignore_index_of_rows(ignore_index: object, target: SparseTarget) -> fl
     return index
 
 
+def check_target_values(
+    target: Tensor | SparseTarget, ignore_index: object, validate_targets: bool
+) -> int | float | None:
+    """Raises what the losses raise for the values of a target. Returns ``ignore_index`` as an int,
+    or as a float if it is nan."""
+    values: Tensor | None
+    if isinstance(target, SparseTarget):
+        target.check()
+        index = check_ignore_index_of_rows(ignore_index, target)
+        values = target.read_values() if validate_targets else None
+    else:
+        index = None if ignore_index is None else check_ignore_index(ignore_index, target)
+        values = target if validate_targets else None
+    if values is not None:
+        check_targets(values, index)
+    return index
+
+
 def _as_index(value: object) -> int:
     if not isinstance(value, bool | Tensor):
         with contextlib.suppress(TypeError):

@@ -16,12 +16,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fused_bce import _C
 from fused_bce.checks import (
     check_chunk_bytes,
-    check_ignore_index,
     check_ignore_index_of_rows,
     check_label_smoothing,
     check_linear_operands,
     check_reduction_to_scalar,
-    check_targets,
+    check_target_values,
 )
 from fused_bce.dtypes import FLOATS, INTEGERS, TARGETS
 from fused_bce.registrations import constant_in_graphs, ensure_sharding
@@ -116,7 +115,7 @@ def why_not_fused(
                 _reduction.get_enum(reduction)
         if label_smoothing != 0:
             check_label_smoothing(label_smoothing)
-        _check_target(target, ignore_index, validate_targets)
+        check_target_values(target, ignore_index, validate_targets)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         return str(error)
     if linear_weight is not None:
@@ -125,23 +124,6 @@ def why_not_fused(
     if reason is None and legacy and torch.compiler.is_compiling():
         return "size_average and reduce are not fused in compiled code"
     return reason
-
-
-def _check_target(
-    target: Tensor | SparseTarget, ignore_index: int | float | None, validate_targets: bool
-) -> None:
-    """Raises what the losses raise for the values of a target."""
-    values: Tensor | None
-    if isinstance(target, SparseTarget):
-        target.check()
-        ignore_index = check_ignore_index_of_rows(ignore_index, target)
-        values = target.read_values()
-    else:
-        values = target
-        if ignore_index is not None:
-            ignore_index = check_ignore_index(ignore_index, target)
-    if validate_targets and values is not None:
-        check_targets(values, ignore_index)
 
 
 def why_not_dense(

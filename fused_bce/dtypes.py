@@ -12,3 +12,8 @@ INTEGERS = TARGETS - FLOATS - {torch.bool}
 NONE, MEAN, SUM = (_reduction.get_enum(name) for name in ("none", "mean", "sum"))
 # batchmean is a mean with a divisor of its own.
 REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM, "batchmean": MEAN}
+
+
+def number_of_reduction(reduction: str) -> int:
+    """Raises torch's error for an unknown one."""
+    return REDUCTIONS["batchmean"] if reduction == "batchmean" else _reduction.get_enum(reduction)

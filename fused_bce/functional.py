@@ -8,29 +8,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits as torch_bce
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fused_bce import _C, reference
-from fused_bce.checks import (
-    check_ignore_index,
-    check_ignore_index_of_rows,
-    check_label_smoothing,
-    check_targets,
-    is_invalid,
-)
-from fused_bce.dispatch import has_integers, log_once, why_not_dense
+from fused_bce.checks import check_label_smoothing, is_invalid
+from fused_bce.dispatch import has_integers
 from fused_bce.focal import sigmoid_focal_loss
 from fused_bce.head import linear_binary_cross_entropy_with_logits
 from fused_bce.pairwise import pairwise_sigmoid_loss
-from fused_bce.scalars import (
-    batch_size_operand,
-    divisor_operand,
-    index_or_nan,
-    may_differ_from_zero,
-    scalar_operand,
-)
-from fused_bce.sparse import SparseTarget, as_sparse
-
-_loss = torch.ops.fused_bce.binary_cross_entropy_with_logits.default
-
-_MEAN = _reduction.get_enum("mean")
+from fused_bce.pointwise import Extras, PointwiseLoss, evaluate
+from fused_bce.registrations import record_call
+from fused_bce.sparse import SparseTarget
 
 __all__ = [
     "binary_cross_entropy_with_logits",
@@ -106,8 +91,9 @@ def binary_cross_entropy_with_logits(
         >>> loss, input.grad
         (tensor(0.3048, grad_fn=<...>), tensor([-0.1258,  0.0896, -0.0397]))
     """
-    compiling = torch.compiler.is_compiling()
-    if not compiling:
+    if isinstance(input, Proxy) or isinstance(target, Proxy):
+        return record_call(binary_cross_entropy_with_logits, locals())
+    if not torch.compiler.is_compiling():
         loss = _C.eager_loss(
             input,
             target,
@@ -123,74 +109,64 @@ def binary_cross_entropy_with_logits(
         )
         if loss is not None:
             return loss
-    if isinstance(target, SparseTarget):
-        check_ignore_index_of_rows(ignore_index, target)
-        target = target.to_dense()
-    reason = why_not_dense(input, target, weight, pos_weight)
-    if reason is not None and (isinstance(input, Proxy) or isinstance(target, Proxy)):
-        return handle_torch_function(
-            binary_cross_entropy_with_logits,
-            (input, target, weight, pos_weight),
-            input,
-            target,
-            weight=weight,
-            size_average=size_average,
-            reduce=reduce,
-            reduction=reduction,
-            pos_weight=pos_weight,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            validate_targets=validate_targets,
-            recompute=recompute,
+    extras = Extras(label_smoothing, ignore_index, validate_targets, recompute)
+    if size_average is not None or reduce is not None:
+        return _evaluate_legacy(
+            input, target, weight, size_average, reduce, reduction, pos_weight, extras
         )
-    if reason is not None and isinstance(sparse := as_sparse(target), SparseTarget):
-        check_ignore_index_of_rows(ignore_index, sparse)
-        target = sparse.to_dense()
-        reason = why_not_dense(input, target, weight, pos_weight)
-    if ignore_index is not None:
-        ignore_index = check_ignore_index(ignore_index, target)
-    if validate_targets:
-        check_targets(target, ignore_index)
-    smooths = may_differ_from_zero(label_smoothing) if compiling else label_smoothing != 0
-    if smooths:
-        check_label_smoothing(label_smoothing)
-    legacy = size_average is not None or reduce is not None
-    if reason is None and not (legacy and compiling):
-        if legacy:
-            reduction = _reduction.legacy_get_string(size_average, reduce)
-        divisor: Tensor | None
-        if reduction == "batchmean":
-            reduction_enum, divisor = _MEAN, batch_size_operand(input)
-        else:
-            reduction_enum = _reduction.get_enum(reduction)
-            divisor = divisor_operand(
-                input, target, weight, pos_weight, reduction_enum, ignore_index
-            )
-        if not smooths and ignore_index is None and divisor is None and not recompute:
-            # What a call leaves out need not be parsed.
-            return _loss(input, target, weight, pos_weight, reduction_enum)
-        return _loss(
-            input,
-            target,
-            weight,
-            pos_weight,
-            reduction_enum,
-            None,
-            scalar_operand(label_smoothing, input) if smooths else None,
-            *index_or_nan(ignore_index),
-            divisor,
-            recompute,
-        )
+    return evaluate(
+        _LOSS, input, target, weight, (pos_weight,), reduction, extras, pos_weight=pos_weight
+    )
+
+
+def _evaluate_legacy(
+    input, target, weight, size_average, reduce, reduction, pos_weight, extras: Extras
+) -> Tensor:
+    compiling = torch.compiler.is_compiling()
     if not compiling:
-        log_once(reason)
-    plain = not smooths and ignore_index is None and reduction != "batchmean"
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+
+    def fallback(*arguments) -> Tensor:
+        return _compute_in_torch(*arguments, size_average=size_average, reduce=reduce)
+
+    return evaluate(
+        _LOSS._replace(fallback=fallback),
+        input,
+        target,
+        weight,
+        (pos_weight,),
+        reduction,
+        extras,
+        pos_weight=pos_weight,
+        why_not="size_average and reduce are not fused in compiled code" if compiling else None,
+    )
+
+
+def _compute_in_torch(
+    input,
+    target,
+    weight,
+    pos_weight,
+    reduction,
+    smoothing,
+    ignore_index,
+    *,
+    size_average=None,
+    reduce=None,
+) -> Tensor:
+    plain = smoothing is None and ignore_index is None and reduction != "batchmean"
     if plain and not has_integers(target):
         return _torch(input, target, weight, size_average, reduce, reduction, pos_weight)
-    if legacy:
+    if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     return reference.binary_cross_entropy_with_logits(
-        input, target, weight, pos_weight, reduction, label_smoothing, ignore_index
+        input, target, weight, pos_weight, reduction, smoothing, ignore_index
     )
+
+
+_LOSS = PointwiseLoss(
+    torch.ops.fused_bce.binary_cross_entropy_with_logits.default, fallback=_compute_in_torch
+)
 
 
 def _scripted(
@@ -214,8 +190,9 @@ def _scripted(
     if plain and target.is_floating_point():
         return torch_bce(input, target, weight, size_average, reduce, reduction, pos_weight)
     check_label_smoothing(label_smoothing)
+    smoothing = reference.smoothing_tensor(label_smoothing)
     return reference.binary_cross_entropy_with_logits(
-        input, target, weight, pos_weight, reduction, label_smoothing, ignore_index
+        input, target, weight, pos_weight, reduction, smoothing, ignore_index
     )
 
 

@@ -8,31 +8,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.modules.module import _global_forward_hooks
-from torch.overrides import handle_torch_function
 
 from fused_bce import reference
 from fused_bce.checks import (
     check_chunk_bytes,
-    check_ignore_index,
-    check_ignore_index_of_rows,
     check_label_smoothing,
     check_linear_operands,
     check_logits,
     check_options,
     check_reduction_to_scalar,
-    check_targets,
+    check_target_values,
 )
 from fused_bce.dispatch import are_shards, log_once, why_not_linear
-from fused_bce.scalars import (
-    batch_size_operand,
-    index_or_nan,
-    may_differ_from_zero,
-    scalar_operand,
-)
+from fused_bce.dtypes import REDUCTIONS
+from fused_bce.registrations import record_call
+from fused_bce.scalars import batch_size_operand, index_or_nan, smoothing_operand
 from fused_bce.sparse import SparseTarget, as_sparse
 
 _loss = torch.ops.fused_bce.linear_binary_cross_entropy_with_logits.default
-_REDUCTIONS = {"mean": 1, "sum": 2, "batchmean": 1}  # torch.nn._reduction's numbers
 
 
 def linear_binary_cross_entropy_with_logits(
@@ -103,55 +96,27 @@ def linear_binary_cross_entropy_with_logits(
         >>> loss
         tensor(0.6931, grad_fn=<...>)
     """
+    if any(isinstance(t, Proxy) for t in (input, linear_weight, target)):
+        return record_call(linear_binary_cross_entropy_with_logits, locals())
     options: dict[str, Any] = {
         "linear_bias": linear_bias,
         "weight": weight,
         "pos_weight": pos_weight,
         "reduction": reduction,
         "label_smoothing": label_smoothing,
-        "ignore_index": ignore_index,
-        "validate_targets": validate_targets,
     }
-    if any(isinstance(t, Proxy) for t in (input, linear_weight, target)):
-        return handle_torch_function(
-            linear_binary_cross_entropy_with_logits,
-            (input, linear_weight, target),
-            input,
-            linear_weight,
-            target,
-            **options,
-            chunk_bytes=chunk_bytes,
-        )
     check_reduction_to_scalar(reduction)
-    if torch.compiler.is_compiling() or label_smoothing != 0:
-        check_label_smoothing(label_smoothing)
+    check_label_smoothing(label_smoothing)
     chunk_bytes = check_chunk_bytes(chunk_bytes)
     target = as_sparse(target)
     check_linear_operands(input, linear_weight, linear_bias, target, weight, pos_weight)
-    options["ignore_index"] = _check_target_values(target, ignore_index, validate_targets)
+    options["ignore_index"] = check_target_values(target, ignore_index, validate_targets)
     reason = why_not_linear(input, linear_weight, linear_bias, target, weight, pos_weight)
     if reason is not None:
         if not torch.compiler.is_compiling():
             log_once(reason)
         return on_whole_logits(input, linear_weight, target, options)
     return _fused(input, linear_weight, target, options, chunk_bytes)
-
-
-def _check_target_values(
-    target: Tensor | SparseTarget, ignore_index: object, validate_targets: bool
-) -> int | float | None:
-    """Returns ``ignore_index`` as an int, or as a float if it is nan."""
-    values: Tensor | None
-    if isinstance(target, SparseTarget):
-        target.check()
-        index = check_ignore_index_of_rows(ignore_index, target)
-        values = target.read_values() if validate_targets else None
-    else:
-        index = None if ignore_index is None else check_ignore_index(ignore_index, target)
-        values = target if validate_targets else None
-    if values is not None:
-        check_targets(values, index)
-    return index
 
 
 def _fused(input, linear_weight, target, options, chunk_bytes) -> Tensor:
@@ -186,8 +151,6 @@ def operator_arguments(
     chunk_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Those that are no operands, as the operator takes them."""
-    compiling = torch.compiler.is_compiling()
-    smooths = may_differ_from_zero(label_smoothing) if compiling else label_smoothing != 0
     index, nan = index_or_nan(ignore_index)
     divisor = None
     if reduction == "batchmean":
@@ -195,8 +158,8 @@ def operator_arguments(
     elif reduction == "mean" and nan and isinstance(target, SparseTarget):
         divisor = target.count_without_nan()
     return {
-        "reduction": _REDUCTIONS[reduction],
-        "label_smoothing": scalar_operand(label_smoothing, linear_weight) if smooths else None,
+        "reduction": REDUCTIONS[reduction],
+        "label_smoothing": smoothing_operand(label_smoothing, linear_weight),
         "ignore_index": index,
         "ignore_nan": nan,
         "divisor": divisor,
@@ -223,7 +186,11 @@ def linear_loss(input, linear_weight, target, operands, arguments) -> Tensor:
 def on_whole_logits(input, linear_weight, target, options) -> Tensor:
     rows = input if input.dim() > 1 else input[None]
     logits = F.linear(rows.flatten(0, -2), linear_weight, options["linear_bias"])
-    compute = reference.binary_cross_entropy_with_logits
+
+    def compute(*operands, label_smoothing: float, **rest) -> Tensor:
+        rest["smoothing"] = smoothing_operand(label_smoothing, linear_weight)
+        return reference.binary_cross_entropy_with_logits(*operands, **rest)
+
     return _compute_from_logits(compute, logits, target, options, rows.size(0))
 
 
@@ -292,16 +259,14 @@ def _is_from(packages: tuple[str, ...], function: Any) -> bool:
 def _loss_of_logits(logits, target, *, validate_targets, **options) -> Tensor:
     """The loss of logits that some other layer has computed."""
     if isinstance(logits, Proxy):
-        options["validate_targets"] = validate_targets
-        return handle_torch_function(_loss_of_logits, (logits,), logits, target, **options)
+        recorded = {"logits": logits, "target": target, "validate_targets": validate_targets}
+        return record_call(_loss_of_logits, recorded | options)
     from fused_bce.functional import binary_cross_entropy_with_logits  # which imports this module
 
     check_reduction_to_scalar(options["reduction"])
     target = as_sparse(target)
     check_logits(logits, target, options["weight"], options["pos_weight"])
-    options["ignore_index"] = _check_target_values(
-        target, options["ignore_index"], validate_targets
-    )
+    options["ignore_index"] = check_target_values(target, options["ignore_index"], validate_targets)
     rows = logits if logits.dim() > 1 else logits[None]
     compute = binary_cross_entropy_with_logits
     return _compute_from_logits(compute, rows.flatten(0, -2), target, options, rows.size(0))

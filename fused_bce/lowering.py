@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fused_bce.dtypes import MEAN, NONE
 from fused_bce.reference import (
     is_ignored,
     loss_of_kept,
@@ -16,7 +17,6 @@ from fused_bce.reference import (
 from fused_bce.registrations import ops
 from fused_bce.sparse import SparseTarget
 
-_REDUCTIONS = ("none", "mean", "sum")
 _table: dict = {}
 
 
@@ -97,10 +97,10 @@ def _reduced(
     if label_smoothing is not None:
         target = (target * (1 - label_smoothing) + label_smoothing / 2).to(target.dtype)
     losses = losses_of(logits, target, ignored)
-    if _REDUCTIONS[reduction] == "none":
+    if reduction == NONE:
         return losses.to(dtype)
     total = sum_of(losses)
-    if _REDUCTIONS[reduction] == "mean":
+    if reduction == MEAN:
         count = (~ignored).sum() if divisor is None else divisor
         total = total / count.masked_fill(count == 0, 1)
     return total.to(dtype)

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.fx import Proxy
-from torch.overrides import handle_torch_function
 
 from fused_bce.checks import (
     check_chunk_bytes,
@@ -17,7 +16,7 @@ from fused_bce.checks import (
 )
 from fused_bce.dispatch import are_shards, log_once, why_not_linear
 from fused_bce.head import linear_loss, on_whole_logits, operator_arguments
-from fused_bce.registrations import ops
+from fused_bce.registrations import ops, record_call
 from fused_bce.sparse import SparseTarget
 
 _NUMBERS = (Real, torch.SymInt, torch.SymFloat)
@@ -78,18 +77,9 @@ def pairwise_sigmoid_loss(
         >>> pairwise_sigmoid_loss(image, text, 10.0, -10.0)
         tensor(0.6933)
     """
+    if any(isinstance(t, Proxy) for t in (input1, input2, logit_scale, logit_bias, positives)):
+        return record_call(pairwise_sigmoid_loss, locals())
     operands = input1, input2, logit_scale, logit_bias
-    traced = [t for t in (*operands, positives) if isinstance(t, Proxy)]
-    if traced:
-        return handle_torch_function(
-            pairwise_sigmoid_loss,
-            traced,
-            *operands,
-            positives=positives,
-            reduction=reduction,
-            chunk_bytes=chunk_bytes,
-            validate_targets=validate_targets,
-        )
     check_reduction_to_scalar(reduction)
     chunk_bytes = check_chunk_bytes(chunk_bytes)
     check_pairs(*operands)

@@ -16,12 +16,12 @@ def binary_cross_entropy_with_logits(
     weight: Tensor | None,
     pos_weight: Tensor | None,
     reduction: str,
-    label_smoothing: float,
+    smoothing: Tensor | None,
     ignore_index: int | float | None,
 ) -> Tensor:
     """As :func:`fused_bce.functional.binary_cross_entropy_with_logits`."""
     ignored = None if ignore_index is None else is_ignored(target, ignore_index)
-    target = smoothed(with_floats(target, input), label_smoothing)
+    target = smoothed(with_floats(target, input), smoothing)
     batchmean = reduction == "batchmean"
     if batchmean:
         reduction = "sum"
@@ -48,7 +48,7 @@ def sigmoid_focal_loss(
     gamma: float,
     gamma_neg: float | None,
     reduction: str,
-    label_smoothing: float,
+    smoothing: Tensor | None,
     ignore_index: int | float | None,
 ) -> Tensor:
     """As :func:`fused_bce.functional.sigmoid_focal_loss`, but for an ``alpha`` of None in the place
@@ -59,7 +59,7 @@ def sigmoid_focal_loss(
     if ignored is not None:
         input, target = input.masked_fill(ignored, 0.0), target.masked_fill(ignored, 0)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    target = smoothed(target.to(wide), label_smoothing)
+    target = smoothed(target.to(wide), smoothing)
     losses = sigmoid_focal_losses(input.to(wide), target, alpha, gamma, gamma_neg)
     if weight is not None:
         if weight.is_complex():
@@ -122,10 +122,16 @@ def sigmoid_focal_losses(
     return losses if alpha is None else losses * (alpha * t + (1 - alpha) * u)
 
 
-def smoothed(target: Tensor, label_smoothing: float) -> Tensor:
+def smoothing_tensor(label_smoothing: float) -> Tensor | None:
     if label_smoothing == 0.0:
+        return None
+    return torch.scalar_tensor(label_smoothing, dtype=torch.float64)
+
+
+def smoothed(target: Tensor, smoothing: Tensor | None) -> Tensor:
+    if smoothing is None:
         return target
-    return target * (1 - label_smoothing) + label_smoothing / 2
+    return (target * (1 - smoothing) + smoothing / 2).to(target.dtype)
 
 
 def with_floats(target: Tensor, input: Tensor) -> Tensor:

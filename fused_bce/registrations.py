@@ -5,10 +5,13 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
+from torch.overrides import handle_torch_function
+
+from fused_bce.dtypes import NONE
 
 ops = torch.ops.fused_bce
 
-_NONE = 0  # torch.nn._reduction's number
 # What the operators take and return
 _OPERANDS = ("logits", "target", "weight", "pos_weight", "label_smoothing", "divisor", "grad_loss")
 _RESULTS = ("loss", "grad_logits")
@@ -32,6 +35,12 @@ def outside_graphs(function):
     return function
 
 
+def record_call(function, arguments: dict):
+    """Makes the call a node of the graph that torch.fx traces."""
+    proxies = [value for value in arguments.values() if isinstance(value, Proxy)]
+    return handle_torch_function(function, proxies, **arguments)
+
+
 @constant_in_graphs
 def ensure_sharding() -> None:
     """Tells DTensor how the operators are sharded: when the first one is seen, for importing it
@@ -53,7 +62,7 @@ def _register_sharding() -> None:
         """Of every tensor, by its name: all replicated, or logits and target sharded along one
         dimension."""
         logits = operands["logits"]
-        none = operands["reduction"] == _NONE
+        none = operands["reduction"] == NONE
         replicated = dict.fromkeys((*_OPERANDS, *_RESULTS), Replicate())
         yield replicated
         for dim in range(logits.ndim):

@@ -4,12 +4,11 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import _reduction
 
+from fused_bce.checks import check_label_smoothing
 from fused_bce.dispatch import are_shards
 from fused_bce.registrations import ops, whole
 
-_MEAN = _reduction.get_enum("mean")
 _UNSHARDED = (Tensor, torch.nn.Parameter)
 
 
@@ -33,6 +32,15 @@ def scalar_operand(number: float, beside: Tensor) -> Tensor:
     return torch.scalar_tensor(number, dtype=torch.float64, device="cpu")
 
 
+def smoothing_operand(label_smoothing: float, beside: Tensor) -> Tensor | None:
+    """None where nothing is smoothed."""
+    compiling = torch.compiler.is_compiling()
+    if not (may_differ_from_zero(label_smoothing) if compiling else label_smoothing != 0):
+        return None
+    check_label_smoothing(label_smoothing)
+    return scalar_operand(label_smoothing, beside)
+
+
 def batch_size_operand(input: Tensor) -> Tensor:
     """What batchmean divides by. Of nothing it is nan, as a divisor of 0 would count as 1."""
     size = input.size(0)
@@ -49,13 +57,15 @@ def divisor_operand(
     target: Tensor,
     weight: Tensor | None,
     pos_weight: Tensor | None,
-    reduction: int,
+    reduction: str,
     ignore_index: int | float | None,
 ) -> Tensor | None:
     """What mean divides by where that is not the number of elements at hand, as for a shard."""
+    if reduction == "batchmean":
+        return batch_size_operand(input)
     if type(input) in _UNSHARDED and type(target) in _UNSHARDED and weight is pos_weight is None:
         return None
-    if reduction != _MEAN or not are_shards(input, target, weight, pos_weight):
+    if reduction != "mean" or not are_shards(input, target, weight, pos_weight):
         return None
     if input.numel() == 0:
         return None

@@ -7,12 +7,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from fused_bce.dtypes import MEAN
 from fused_bce.head import linear_loss
 from fused_bce.registrations import ops, whole
 from fused_bce.scalars import scalar_operand
 from fused_bce.sparse import SparseTarget
 
-_MEAN = 1  # torch.nn._reduction's number
 _WEIGHTS = ("weight", "pos_weight")
 
 
@@ -32,7 +32,7 @@ def loss_of_shards(
     bias = operands["linear_bias"]
     local_operands = {name: shards.of_weight(operands[name]) for name in _WEIGHTS}
     local_operands["linear_bias"] = None if bias is None else shards.of(bias, labels=0)
-    if arguments["divisor"] is None and arguments["reduction"] == _MEAN:
+    if arguments["divisor"] is None and arguments["reduction"] == MEAN:
         arguments = arguments | {"divisor": shards.count(target, arguments)}
     loss = linear_loss(
         shards.of(input, rows=0),

@@ -8,11 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.fx import Proxy
-from torch.overrides import handle_torch_function
 
 from fused_bce.dispatch import are_shards
 from fused_bce.pairwise import PairwiseOperands, check_pairs, logits_dtype, pairwise_sigmoid_loss
-from fused_bce.registrations import outside_graphs
+from fused_bce.registrations import outside_graphs, record_call
 from fused_bce.sparse import as_integer
 
 
@@ -104,11 +103,9 @@ class SigLipLoss(torch.nn.Module):
 
 
 def _loss(image, text, logit_scale, logit_bias, rank, world_size, dist_impl, chunk_size) -> Tensor:
+    if any(isinstance(t, Proxy) for t in (image, text, logit_scale, logit_bias)):
+        return record_call(_loss, locals())
     operands = image, text, logit_scale, logit_bias
-    traced = [t for t in operands if isinstance(t, Proxy)]
-    if traced:
-        settings = rank, world_size, dist_impl, chunk_size
-        return handle_torch_function(_loss, traced, *operands, *settings)
     check_pairs(*operands)
     chunk_bytes = None
     if chunk_size > 0:
