@@ -85,7 +85,7 @@ def why_not_fused(
     :func:`fused_bce.functional.linear_binary_cross_entropy_with_logits`, by name. For a focal loss
     pass on ``inputs``, ``targets`` and ``weight``. Shapes and dtypes are as in these functions.
 
-    Bad arguments are a reason too: that of the error which the loss raises. Labels of a
+    Bad arguments are a reason, too; for a bad value it is the text of the loss's error. Labels of a
     :class:`fused_bce.SparseTarget` are read for that, and with ``validate_targets`` the targets.
 
     The first call that is not fused for some reason also logs it, once, to the logger

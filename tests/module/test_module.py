@@ -575,6 +575,10 @@ def test_why_not_fused_takes_what_the_loss_takes(device):
         ((logits, target), {"ignore_index": math.nan}),
     ]:
         assert why_not_fused(*call[0], **call[1]) is None
+    # What the head does not take
+    for option in ({"recompute": True}, {"reduce": False}):
+        reason = why_not_fused(logits, target[:, :2], linear_weight=target[:2], **option)
+        assert reason.startswith("with linear_weight go no")
 
 
 ROWS = SparseTarget.from_lists([[0], [1, 3], []], num_labels=4)
