@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers import EMULATES_CUDA, why_no_cuda
+from helpers import EMULATES_CUDA, quoted_folder_of_torch, why_no_cuda
+from torch.utils import cpp_extension
 
 from fused_bce import _C
 
@@ -36,6 +37,14 @@ def _compiler_cache(tmp_path_factory):
     """What an earlier run compiled would hide that this one cannot."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _folder_of_torch_is_quoted():
+    """Its compiler fails where the path has a space, until torch 2.14 quotes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpp_extension, "TORCH_LIB_PATH", quoted_folder_of_torch())
         yield
 
 

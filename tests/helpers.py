@@ -3,12 +3,14 @@
 import itertools
 import math
 import os
+import shlex
 import warnings
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import cpp_extension
 
 import fused_bce
 
@@ -27,6 +29,12 @@ REDUCTIONS = ("none", "mean", "sum")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 by_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
+
+
+def quoted_folder_of_torch() -> str:
+    """TORCH_LIB_PATH as a command must have it."""
+    folder = cpp_extension.TORCH_LIB_PATH
+    return shlex.quote(folder) if torch.__version__ < "2.14" else folder
 
 
 def why_no_cuda() -> str | None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import fused, reference
 from torch._dynamo.utils import counters
+from torch.utils import cpp_extension
 
 import fused_bce
 
@@ -102,8 +103,10 @@ def test_ignore_index(device):
 PROGRAM = """
     import torch
     from torch._dynamo.utils import counters
+    from torch.utils import cpp_extension
     from fused_bce.functional import binary_cross_entropy_with_logits as fused
 
+    cpp_extension.TORCH_LIB_PATH = {folder!r}  # see conftest.py
     torch.manual_seed(0)
     target = torch.rand(8, 5).round()
     step = torch.compile(lambda x, p: p * fused(x * 1.0, target, label_smoothing=0.5 * (1 - p)))
@@ -125,7 +128,8 @@ PROGRAM = """
 
 def test_next_process_finds_no_stale_graph(tmp_path):
     def run() -> int:
-        command = [sys.executable, "-c", textwrap.dedent(PROGRAM)]
+        program = textwrap.dedent(PROGRAM).format(folder=cpp_extension.TORCH_LIB_PATH)
+        command = [sys.executable, "-c", program]
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

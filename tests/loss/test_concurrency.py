@@ -241,9 +241,19 @@ class Losses(Dataset):
         return fused(*self.pairs[index], reduction="none")
 
 
+def check_shared_memory() -> None:
+    """Skips where processes cannot share a lock or a tensor, as without a /dev/shm to write to."""
+    try:
+        multiprocessing.get_context("spawn").Lock()
+        torch.zeros(1).share_memory_()
+    except (OSError, RuntimeError) as error:
+        pytest.skip(f"processes share no memory here: {error}")
+
+
 @forks
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_data_loader_workers(method):
+    check_shared_memory()
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"this system cannot {method}")
     dataset = Losses([draw((numel,), "cpu") for numel in SIZES])
