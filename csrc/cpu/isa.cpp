@@ -1,9 +1,16 @@
 #include "isa.h"
 
 #include <atomic>
+#include <cstddef>
 #include <stdexcept>
 
 namespace fused_bce {
+
+// Not inline: GCC would compute the address of a thread_local variable anew in inner loops.
+void* thread_scratch() {
+  alignas(kScratchAlignment) static thread_local std::byte scratch[kScratchBytes];
+  return scratch;
+}
 
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> available = [] {

@@ -2,6 +2,7 @@
 // chosen once, so a binary built on one machine is fast and safe on another.
 #pragma once
 
+#include <cstddef>
 #include <string>
 #include <vector>
 
@@ -14,6 +15,12 @@ using RunKernel = double (*)(const Problem&, int64_t begin, int64_t end);
 
 // Scales elements [begin, end).
 using ScaleKernel = void (*)(const Scaling&, int64_t begin, int64_t end);
+
+// Memory of the calling thread in which a kernel converts its tiles. Its stack may be too small:
+// OMP_STACKSIZE may leave 16 KiB.
+constexpr size_t kScratchBytes = 29 * 1024;
+constexpr size_t kScratchAlignment = 64;
+void* thread_scratch();
 
 struct InstructionSet {
   const char* name;

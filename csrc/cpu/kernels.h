@@ -173,7 +173,8 @@ void write_any(const T* in, int count, DType dtype, int64_t at, void* data) {
 template <class T, class S>
 class DenseReader {
  public:
-  DenseReader(Dense source, S padding) : source_(source), padding_(padding) {}
+  DenseReader(Dense source, S padding, S* buffer)
+      : source_(source), padding_(padding), buffer_(buffer) {}
 
   const S* tile(int64_t begin, int count) {
     const bool stored_as_s = source_.dtype == kDTypeOf<S>;
@@ -191,7 +192,13 @@ class DenseReader {
  private:
   Dense source_;
   S padding_;
-  alignas(kVectorBytes) S buffer_[kTile<T>];
+  S* buffer_;
+};
+
+template <class T>
+struct BroadcastBuffers {
+  alignas(kVectorBytes) T tiles[2 * kTile<T>];
+  T values[kTile<T> + Vec<T>::kLanes];
 };
 
 // Reads a broadcast operand tile by tile. A short period is laid out once, two tiles long, and
@@ -199,7 +206,8 @@ class DenseReader {
 template <class T>
 class BroadcastReader {
  public:
-  explicit BroadcastReader(const Broadcast& source) : source_(source) {
+  BroadcastReader(const Broadcast& source, BroadcastBuffers<T>& buffers)
+      : source_(source), buffer_(buffers.tiles), values_(buffers.values) {
     if (!source.data) return;
     if (source.inner <= kTile<T> && source.channels <= kTile<T> / source.inner) {
       period_ = static_cast<int>(source.channels * source.inner);
@@ -258,8 +266,8 @@ class BroadcastReader {
 
   Broadcast source_;
   int period_ = 0;
-  alignas(kVectorBytes) T buffer_[2 * kTile<T>];
-  T values_[kTile<T> + Vec<T>::kLanes];
+  T* buffer_;
+  T* values_;
 };
 
 // The product of two factors, either of which may be absent.
@@ -274,7 +282,7 @@ const T* product(const T* a, const T* b, int count, T* out) {
 template <class T, class S>
 class DenseWriter {
  public:
-  DenseWriter(void* data, DType dtype) : data_(data), dtype_(dtype) {}
+  DenseWriter(void* data, DType dtype, S* buffer) : data_(data), dtype_(dtype), buffer_(buffer) {}
 
   S* tile(int64_t begin, int count) {
     in_place_ = data_ && dtype_ == kDTypeOf<S> && count % Vec<T>::kLanes == 0;
@@ -292,8 +300,25 @@ class DenseWriter {
   void* data_;
   DType dtype_;
   bool in_place_ = false;
-  alignas(kVectorBytes) S buffer_[kTile<T>];
+  S* buffer_;
 };
+
+template <class T, class L, class S>
+struct Buffers {
+  alignas(kVectorBytes) L logits[kTile<T>];
+  alignas(kVectorBytes) S target[kTile<T>];
+  BroadcastBuffers<T> weight, pos_weight, grad_loss;
+  alignas(kVectorBytes) T factors[kTile<T>];
+  alignas(kVectorBytes) T losses[kTile<T>];
+  alignas(kVectorBytes) L grad_logits[kTile<T>];
+};
+
+// Uninitialised; valid until the thread's next call.
+template <class B>
+B& make_buffers() {
+  static_assert(sizeof(B) <= kScratchBytes && alignof(B) <= kScratchAlignment);
+  return *new (thread_scratch()) B;
+}
 
 // T is the type of the arithmetic. L and S are those in which logits and target are read: their
 // own, or T, to which any other is converted tile by tile.
@@ -306,14 +331,15 @@ double run_range(const Formula& formula, const Problem& p, int64_t begin, int64_
   const bool extras = has_extras(p);
   // Padding adds exactly nothing: the loss of (-inf, 0) is 0; a smoothed target is not, but there
   // the padded weight is.
-  DenseReader<T, L> logits(p.logits, extras ? L{} : kMinusInfinity<L>);
-  DenseReader<T, S> target(p.target, S{});
-  BroadcastReader<T> weight(extras && !p.weight.data ? one : p.weight);
-  BroadcastReader<T> pos_weight(extras && !p.pos_weight.data ? one : p.pos_weight);
-  BroadcastReader<T> grad_loss(folds_grad_loss(p) ? p.grad_loss : Broadcast{});
-  DenseWriter<T, T> losses(has_losses(pass_of(p)) ? p.loss : nullptr, p.loss_dtype);
-  DenseWriter<T, L> grad_logits(p.grad_logits, p.logits.dtype);
-  alignas(kVectorBytes) T factors[kTile<T>];
+  auto& buffers = make_buffers<Buffers<T, L, S>>();
+  DenseReader<T, L> logits(p.logits, extras ? L{} : kMinusInfinity<L>, buffers.logits);
+  DenseReader<T, S> target(p.target, S{}, buffers.target);
+  BroadcastReader<T> weight(extras && !p.weight.data ? one : p.weight, buffers.weight);
+  BroadcastReader<T> pos_weight(extras && !p.pos_weight.data ? one : p.pos_weight,
+                                buffers.pos_weight);
+  BroadcastReader<T> grad_loss(folds_grad_loss(p) ? p.grad_loss : Broadcast{}, buffers.grad_loss);
+  DenseWriter<T, T> losses(has_losses(pass_of(p)) ? p.loss : nullptr, p.loss_dtype, buffers.losses);
+  DenseWriter<T, L> grad_logits(p.grad_logits, p.logits.dtype, buffers.grad_logits);
 
   double sum = 0;
   for (int64_t i = begin; i < end; i += kTile<T>) {
@@ -322,7 +348,7 @@ double run_range(const Formula& formula, const Problem& p, int64_t begin, int64_
     tile.n = (count + Vec<T>::kLanes - 1) / Vec<T>::kLanes * Vec<T>::kLanes;
     tile.logits = logits.tile(i, count);
     tile.target = target.tile(i, count);
-    tile.weight = product(weight.tile(i, count), grad_loss.tile(i, count), tile.n, factors);
+    tile.weight = product(weight.tile(i, count), grad_loss.tile(i, count), tile.n, buffers.factors);
     tile.pos_weight = pos_weight.tile(i, count);
     tile.losses = losses.tile(i, count);
     tile.grad_logits = grad_logits.tile(i, count);
@@ -359,7 +385,7 @@ template <class L>
 void scale_range(const Scaling& s, int64_t begin, int64_t end) {
   using C = std::conditional_t<std::is_same_v<L, double>, double, float>;
   using V = Vec<C>;
-  BroadcastReader<C> grad_loss(s.grad_loss);
+  BroadcastReader<C> grad_loss(s.grad_loss, make_buffers<BroadcastBuffers<C>>());
   const auto scaled = [zero_stays = s.zero_stays](V grad, V factor) __attribute__((always_inline)) {
     const V product = grad * factor;
     return zero_stays ? select(grad == V(0), grad, product) : product;
