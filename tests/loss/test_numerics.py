@@ -12,6 +12,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from helpers import torch_bce
 
 NONE, MEAN, SUM = range(3)
 forward_op = torch.ops.fused_bce.binary_cross_entropy_with_logits
@@ -25,14 +26,20 @@ SMALLEST_NORMAL = {torch.float32: 2.0**-126, torch.float64: 2.0**-1022}
 
 def losses_and_gradients(logits, target, pos_weight, device):
     """Loss and gradient of each element, as numpy arrays."""
-    logits = torch.as_tensor(logits, device=device)
+    losses, grads = compute_elements(torch.as_tensor(logits), target, pos_weight, device)
+    return losses.numpy(), grads.numpy()
+
+
+def compute_elements(logits, target, pos_weight, device):
+    """Loss and gradient of each element, on the CPU."""
+    logits = logits.to(device)
     target = torch.full_like(logits, target) if isinstance(target, float) else target.to(device)
     if pos_weight is not None:
         pos_weight = torch.tensor(pos_weight, dtype=logits.dtype, device=device)
     losses = forward_op(logits, target, None, pos_weight, NONE)
     ones = torch.ones_like(losses)
     grads = backward_op(ones, logits, target, None, pos_weight, NONE)
-    return losses.cpu().numpy(), grads.cpu().numpy()
+    return losses.cpu(), grads.cpu()
 
 
 def ulp_errors(result, true, negligible):
@@ -237,6 +244,54 @@ def test_infinite_logits(kernel_device):
     loss, grad = losses_and_gradients(logits, target, 2.0, kernel_device)
     assert loss.tolist() == [inf, inf, 0.0, 0.0, inf, inf]
     assert grad.tolist() == [1.0, 0.75, 0.0, 0.0, -0.5, -2.0]
+
+
+INFINITE_PRODUCTS = [(math.inf, 1.0), (math.inf, 0.25), ("largest", 2.0)]
+
+
+@pytest.mark.parametrize(("pos_weight", "target"), INFINITE_PRODUCTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_infinite_products_of_pos_weight_and_target(kernel_device, dtype, pos_weight, target):
+    """The limit, infinity; nan where the formula multiplies 0 by infinity: docs/accuracy.md."""
+    if pos_weight == "largest":
+        if dtype is torch.float16:
+            pytest.skip("in float32 twice its largest number is finite")
+        pos_weight = torch.finfo(dtype).max
+    edge = 700.0 if dtype is torch.float64 else 87.0
+    ordinary = [0.0, 1.0, 16.0, edge, -1e-3, -1.0, -16.0, -edge]
+    corners = [-0.0, edge + 15, -edge - 15, -1e4]
+    logits = torch.tensor(ordinary + corners, dtype=torch.float64)
+    limits = torch_bce(
+        logits,
+        torch.full_like(logits, target),
+        pos_weight=torch.tensor(math.inf).double(),
+        reduction="none",
+    )
+    assert (limits == math.inf).all()
+    loss, grad = compute_elements(logits.to(dtype), target, pos_weight, kernel_device)
+    assert loss[: len(ordinary)].isposinf().all()
+    assert loss[len(ordinary) :].isnan().all()
+    assert not grad.isfinite().any()  # torch's is nan
+
+
+@pytest.mark.parametrize("logit", [-1e4, -1.0, 0.0, 1.0, 1e4])
+def test_infinite_pos_weight_without_positives(kernel_device, logit):
+    x, zero, inf = torch.tensor([logit]), torch.zeros(1), torch.tensor(math.inf)
+    loss, grad = losses_and_gradients(x, zero, math.inf, kernel_device)
+    assert np.isnan(loss).all()
+    assert np.isnan(grad).all()
+    assert torch_bce(x, zero, pos_weight=inf).isnan()
+
+
+def test_infinite_weight(kernel_device):
+    """Of a loss that has underflowed the product is nan."""
+    logits = torch.tensor([1.0, -1.0, -87.0, -89.0, -1e4], device=kernel_device)
+    target, weight = torch.zeros_like(logits), torch.full_like(logits, math.inf)
+    loss = forward_op(logits, target, weight, None, NONE)
+    grad = backward_op(torch.ones_like(loss), logits, target, weight, None, NONE)
+    expected = torch.tensor([math.inf] * 3 + [math.nan] * 2)
+    torch.testing.assert_close(loss.cpu(), expected, equal_nan=True)
+    torch.testing.assert_close(grad.cpu(), expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("position", [0, 7, 15, 16, 40])
