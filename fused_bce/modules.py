@@ -110,6 +110,7 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
 
 
 def _buffer(module, name):
-    # nn.Module.__getattr__ finds it as well, but takes a sixth of a small loss's time.
+    # getattr finds it as well, but takes a sixth of a small loss's time: nn.Module looks last here.
     buffers = module._buffers
-    return buffers[name] if name in buffers else getattr(module, name)
+    direct = name in buffers and name not in module.__dict__
+    return buffers[name] if direct else getattr(module, name)

@@ -808,3 +808,14 @@ def test_build_info(device):
     assert torch.__version__.split(".")[:2] == minor
     assert info["cpu_instruction_set"] in info["cpu_instruction_sets"]
     assert (info["cuda_archs"] is not None) or device == "cpu"
+
+
+def test_an_attribute_before_the_buffer_of_its_name(device):
+    """As nn.Module finds them"""
+    logits, target = torch.randn(4, device=device), torch.ones(4, device=device)
+    losses = []
+    for kind in (BCEWithLogitsLoss, torch.nn.BCEWithLogitsLoss):
+        module = kind(pos_weight=torch.tensor(2.0)).to(device)
+        module.__dict__["pos_weight"] = torch.tensor(5.0, device=device)
+        losses.append(module(logits, target))
+    torch.testing.assert_close(*losses)
