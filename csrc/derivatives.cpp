@@ -1,19 +1,22 @@
 #include "derivatives.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/TracerMode.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/addcmul.h>
+#include <ATen/ops/binary_cross_entropy_with_logits.h>
 #include <ATen/ops/clamp_max.h>
 #include <ATen/ops/exp.h>
-#include <ATen/ops/isinf.h>
-#include <ATen/ops/log.h>
-#include <ATen/ops/log1p.h>
 #include <ATen/ops/log_sigmoid.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/pow.h>
-#include <ATen/ops/reciprocal.h>
 #include <ATen/ops/rsub.h>
 #include <ATen/ops/sigmoid.h>
+#include <ATen/ops/softplus.h>
 #include <ATen/ops/where.h>
 
+#include <cmath>
 #include <limits>
 
 #include "formulas/formulas.h"
@@ -56,68 +59,117 @@ Tensor smoothed_target_of(const Operands& o) {
   return t * at::rsub(*o.label_smoothing, 1) + *o.label_smoothing / 2;
 }
 
-struct Focal {
+// Whether masks are needed for what is infinite or underflows. In eager mode on the CPU, where such
+// a mask takes as long as three logarithms, the logits are asked first.
+bool may_be_extreme(const Tensor& x) {
+  const bool readable = x.is_cpu() && x.sym_numel() > 0 && !at::isTensorSubclassLike(x) &&
+                        !at::tracer::impl::is_dispatch_enabled();
+  return !readable || !(x.abs().amax().item<double>() < 87);  // exp(-87) is a normal number
+}
+
+struct FocalParameters {
   double alpha, gamma, gamma_neg;
 
-  explicit Focal(const Operands& o)
+  explicit FocalParameters(const Operands& o)
       : alpha(o.parameters[0]), gamma(o.parameters[1]), gamma_neg(o.parameters[2]) {}
 };
 
-// The terms of formulas/focal.h, in the same notation, and so that all of their derivatives are
-// finite: for a hard target m is exp(-a) times `base`, whose powers have no pole.
+// Where present they take the place of the numbers.
+struct FocalTensors {
+  OptionalTensor alpha, gamma, gamma_neg;
+};
+
+// The terms of formulas/focal.h in its notation, and so that all of their derivatives are finite
+// and right in the tails: c and sp are functions of -|x|.
 struct FocalTerms {
-  Tensor t, u, negative, a, q, l, e, s, hard, ce, g, w;
-  Tensor size, base;  // m = size base
-  Tensor power;       // m^g
+  FocalParameters focal;
+  FocalTensors tensors;
+  bool same_exponents, may_be_extreme;
+  Tensor t;
+  Tensor side;  // 1 for a negative logit, else -1
+  Tensor b;     // -|x|, but for its slope at 0
+  Tensor q, c, ce, m;
 
-  explicit FocalTerms(const Operands& o) : t(smoothed_target_of(o)), u(at::rsub(t, 1)) {
-    const Focal focal(o);
+  explicit FocalTerms(const Operands& o, const FocalTensors& given = {})
+      : focal(o),
+        tensors(given),
+        same_exponents(!tensors.gamma_neg && (tensors.gamma || focal.gamma == focal.gamma_neg)),
+        t(smoothed_target_of(o)) {
     const Tensor x = logits_of(o);
-    negative = x < 0;
-    a = at::where(negative, -x, x);  // |x|, but for its slope at 0
-    q = at::where(negative, t, u);
-    l = at::where(negative, u, t);
-    e = at::exp(-a);
-    s = at::reciprocal(1 + e);  // sigmoid(a), whose derivative would be s (1 - s)
-    hard = q == 0;
-    // 0 at an infinite logit on the side of its target
-    ce = a.masked_fill(hard.logical_and(a.isinf()), 0) * q + at::log1p(e);
-    g = t * focal.gamma + u * focal.gamma_neg;
-    w = focal.alpha < 0 ? at::ones_like(t) : t * focal.alpha + u * (1 - focal.alpha);
-
-    const Tensor bounded = at::clamp_max(a, largest_exponent(x.scalar_type()));
-    const auto if_hard = [&](const Tensor& value) {
-      return value.masked_fill(hard.logical_not(), 0);
-    };
-    size = at::exp(-if_hard(bounded));
-    // q is 0 where it is hard; this is for the derivative by the target.
-    base = s * at::where(hard, l + if_hard(q) * at::exp(bounded), q + l * e);
-    const bool same = focal.gamma == focal.gamma_neg;
-    if (!same) base = base.masked_fill(base < 0, std::numeric_limits<double>::quiet_NaN());
-    power = (same ? base.pow(focal.gamma) : base.pow(g)) * at::exp(-g * if_hard(bounded));
+    may_be_extreme = fused_bce::may_be_extreme(x.detach());
+    // No comparison: on the CPU a mask costs as much as ten products.
+    side = at::rsub(x.detach().sign(), -0.5).sign();
+    b = x * side;
+    // t for a negative logit, else 1 - t, to the last bit
+    q = at::addcmul(t, at::clamp_max(side, 0), at::rsub(t, 1, 2), -1);
+    // The loss of an infinite logit on the side of its target is 0.
+    if (may_be_extreme) b = b.masked_fill((q == 0).logical_and(b.isinf()), kVanishing);
+    ce = at::addcmul(at::softplus(b), b, q, -1);
+    c = at::sigmoid(b);
+    m = at::addcmul(q + c, c, q, -2);
+    if (may_be_extreme) m = m.masked_fill(m == 0, smallest_normal(m.scalar_type()));
   }
 
-  static double largest_exponent(at::ScalarType type) {
-    return type == at::kDouble ? Precision<double>::kLargestExponent
-                               : Precision<float>::kLargestExponent;
+  static constexpr double kVanishing = -1e4;  // of which the exponential is 0
+
+  static double smallest_normal(at::ScalarType type) {
+    return type == at::kDouble ? std::numeric_limits<double>::min()
+                               : std::numeric_limits<float>::min();
   }
 
-  Tensor with_sign_of_logits(const Tensor& y) const { return at::where(negative, -y, y); }
+  // In this order backward frees most before it needs most.
+  Tensor losses() && {
+    const Tensor power = this->power();
+    const Tensor weighted_ce = weighted(ce);
+    ce.reset();
+    return power * weighted_ce;
+  }
 
-  // sigmoid(x) sigmoid(-x) / m is e s^2 / m, and the e of a hard target cancels. Else the limit of
-  // e ce is 0.
+  // times w
+  Tensor weighted(const Tensor& y) const {
+    if (tensors.alpha) {
+      const Tensor& alpha = *tensors.alpha;
+      const Tensor w = t * alpha + at::rsub(t, 1) * at::rsub(alpha, 1);
+      return y * at::where(alpha >= 0, w, 1);
+    }
+    if (focal.alpha < 0) return y;
+    Tensor w = at::rsub(t, 1) * (1 - focal.alpha);
+    w = at::add(w, t, focal.alpha);
+    return y * w;
+  }
+
+  // m^g
+  Tensor power() const {
+    if (same_exponents && tensors.gamma) {
+      // It may be a whole number: a negative m has a power then.
+      const Tensor sign = at::where(m < 0, at::pow(-1, tensors.gamma->detach()), 1);
+      return at::exp(times_exponent(m.abs().log())) * sign;
+    }
+    // Other powers of m have poles at 0.
+    const bool whole = focal.gamma >= 0 && focal.gamma == std::floor(focal.gamma);
+    return same_exponents && whole ? m.pow(focal.gamma) : at::exp(times_exponent(m.log()));
+  }
+
+  Tensor times_exponent(const Tensor& y) const {
+    if (same_exponents) return tensors.gamma ? y * *tensors.gamma : y * focal.gamma;
+    const Tensor of_t = tensors.gamma ? t * *tensors.gamma : t * focal.gamma;
+    const Tensor u = at::rsub(t, 1);
+    return y * (of_t + (tensors.gamma_neg ? u * *tensors.gamma_neg : u * focal.gamma_neg));
+  }
+
+  // side w m^g (c - q + g (1 - 2 q) c (1 - c) ce / m), where for a hard target c is m or 1 - m, and
+  // the limit of c ce at an infinite logit is 0.
   Tensor slope_by_logit() const {
-    const Tensor e_ce = at::where(hard, ce, e * ce.masked_fill(a.isinf(), 0));
-    return w * power * with_sign_of_logits(g * (q - l) * s * s * e_ce / base + s * (q - l * e));
+    const Tensor finite = may_be_extreme ? ce.masked_fill(b.isinf(), 0) : ce;
+    const Tensor turned = at::rsub(q, 1, 2) * at::rsub(c, 1) * (c / m) * finite;
+    return side * power() * weighted(c - q + times_exponent(turned));
   }
 
-  Tensor slope_by_target(const Focal& focal) const {
-    const Tensor m_by_target = with_sign_of_logits(s * (e - 1));
-    Tensor slope = w * (g * m_by_target * (ce / (size * base)) - with_sign_of_logits(a));
-    if (focal.gamma != focal.gamma_neg)
-      slope = slope + (focal.gamma - focal.gamma_neg) * w * (base.log() + size.log()) * ce;
-    if (focal.alpha >= 0) slope = slope + (2 * focal.alpha - 1) * ce;
-    return power * slope;
+  Tensor slope_by_target() const {
+    Tensor slope = weighted(side * (times_exponent(at::rsub(c, 1, 2) * (ce / m)) - b));
+    if (!same_exponents) slope = slope + weighted(m.log() * ce) * (focal.gamma - focal.gamma_neg);
+    if (focal.alpha >= 0) slope = slope + ce * (2 * focal.alpha - 1);
+    return power() * slope;
   }
 };
 
@@ -132,13 +184,53 @@ Tensor slope_by_logit(const Operands& o) {
 
 // p softplus(-x) - softplus(x), which is -x without pos_weight
 Tensor slope_by_target(const Operands& o) {
-  if (o.formula == kFormulaId<SigmoidFocal>) return FocalTerms(o).slope_by_target(Focal(o));
+  if (o.formula == kFormulaId<SigmoidFocal>) return FocalTerms(o).slope_by_target();
   const Tensor x = logits_of(o);
   if (!o.pos_weight) return -x;
   return at::log_sigmoid(-x) - widened(*o.pos_weight, o) * at::log_sigmoid(x);
 }
 
+void check_composite(const Operands& o) {
+  const Tensor &logits = o.logits, &target = o.target;
+  TORCH_CHECK_VALUE(target.sym_sizes() == logits.sym_sizes(), "Target size (torch.Size(",
+                    target.sym_sizes(), ")) must be the same as input size (torch.Size(",
+                    logits.sym_sizes(), "))");
+  TORCH_CHECK_NOT_IMPLEMENTED(logits.is_floating_point(), "inputs must be of floats, not ",
+                              logits.scalar_type());
+  TORCH_CHECK_NOT_IMPLEMENTED(!target.is_complex(), "targets must be real, not ",
+                              target.scalar_type());
+  TORCH_CHECK(!o.weight || !o.weight->is_complex(), "weight must be real, not ",
+              o.weight->scalar_type());
+}
+
+Tensor losses_of(const Operands& o, const FocalTensors& tensors) {
+  if (o.formula == kFormulaId<SigmoidFocal>) return FocalTerms(o, tensors).losses();
+  OptionalTensor pos_weight;
+  if (o.pos_weight) pos_weight = widened(*o.pos_weight, o);
+  return at::binary_cross_entropy_with_logits(logits_of(o), smoothed_target_of(o), {}, pos_weight,
+                                              at::Reduction::None);
+}
+
+Tensor reduced(const Tensor& losses, const Operands& o) {
+  if (o.reduction == at::Reduction::None) return losses;
+  if (o.reduction == at::Reduction::Mean && o.divisor)
+    return losses.sum() / o.divisor->masked_fill(*o.divisor == 0, 1);
+  if (o.reduction == at::Reduction::Mean && !o.ignores()) return losses.mean();
+  if (o.reduction == at::Reduction::Mean)
+    return losses.sum() /
+           zero_where_ignored(at::ones_like(o.target, at::kLong), o).sum().clamp_min(1);
+  return losses.sum();
+}
+
 }  // namespace
+
+Tensor composite_loss(const Operands& o, const OptionalTensor& first, const OptionalTensor& second,
+                      const OptionalTensor& third, const OptionalTensor&) {
+  check_composite(o);
+  Tensor losses = losses_of(o, {first, second, third});
+  if (o.weight) losses = losses * widened(*o.weight, o).expand_symint(o.logits.sym_sizes());
+  return reduced(zero_where_ignored(losses, o), o).to(dtype_of_loss(o));
+}
 
 Tensor grad_of_logits(const Tensor& grad_loss, const Operands& o) {
   const Tensor grad = slope_by_logit(o) * factor_of(grad_loss, o);

@@ -83,9 +83,14 @@ struct Pointwise {
   static constexpr const char* kName = Formula::kName;
   static std::string with_grad() { return std::string("_") + kName + "_with_grad"; }
   static std::string backward() { return std::string("_") + kName + "_backward"; }
+  static std::string composite() { return std::string("_") + kName + "_composite"; }
   static std::string differentiable_backward() {
     return std::string("_") + kName + "_differentiable_backward";
   }
+
+  // For each parameter: see composite_loss.
+  static constexpr const char* kParameterTensors =
+      "Tensor? first, Tensor? second, Tensor? third, Tensor? fourth, ";
 
   static std::string schema() {
     const std::string pos_weight = Formula::kTakesPosWeight ? "Tensor? pos_weight=None, " : "";

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "autocast.h"
+#include "derivatives.h"
 #include "head/linear_operands.h"
 #include "meta.h"
 #include "operators.h"
@@ -36,6 +37,7 @@ void define(torch::Library& definitions) {
   def(Loss::with_grad(), "", "(Tensor loss, Tensor grad_logits)");
   def(Loss::backward(), "Tensor grad_loss, ", "Tensor");
   def(Loss::differentiable_backward(), "Tensor grad_loss, ", "Tensor");
+  def(Loss::composite(), Loss::kParameterTensors, "Tensor");
 }
 
 template <class Loss>
@@ -55,8 +57,9 @@ void implement() {
       .impl(Loss::kName, kKernel<Loss, autocast<Loss, c10::kCPU>>);
   implementations(c10::DispatchKey::AutocastCUDA)
       .impl(Loss::kName, kKernel<Loss, autocast<Loss, c10::kCUDA>>);
-  implementations(c10::DispatchKey::CompositeImplicitAutograd)
-      .impl(Loss::differentiable_backward().c_str(), kKernel<Loss, differentiable_backward>);
+  torch::Library& composite = implementations(c10::DispatchKey::CompositeImplicitAutograd);
+  composite.impl(Loss::differentiable_backward().c_str(), kKernel<Loss, differentiable_backward>);
+  composite.impl(Loss::composite().c_str(), kKernel<Loss, composite_loss>);
 }
 
 template <class... Formula>

@@ -1,47 +1,38 @@
 """The sigmoid focal loss, as a function and as a module."""
 
+import functools
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.modules.loss import _WeightedLoss
-from torch.overrides import handle_torch_function
 
-from fused_bce import reference
 from fused_bce.checks import (
     check_focal_numbers,
-    check_ignore_index,
-    check_ignore_index_of_rows,
     check_label_smoothing,
-    check_options,
     check_reduction,
-    check_targets,
     is_invalid,
 )
-from fused_bce.dispatch import log_once, why_not_dense
-from fused_bce.scalars import (
-    batch_size_operand,
-    divisor_operand,
-    index_or_nan,
-    may_differ_from_zero,
-    scalar_operand,
-)
-from fused_bce.sparse import SparseTarget, as_sparse
+from fused_bce.dtypes import REDUCTIONS, SUM
+from fused_bce.pointwise import Extras, PointwiseLoss, evaluate
+from fused_bce.reference import smoothing_tensor, with_autocast
+from fused_bce.registrations import call_composite, ops, record_call
+from fused_bce.scalars import index_or_nan, scalar_operand
+from fused_bce.sparse import SparseTarget
 
-_loss = torch.ops.fused_bce.sigmoid_focal_loss.default
-# torch.nn._reduction's numbers
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2, "batchmean": 1}
+# Of the kernels; beyond, nothing is left of any loss.
+_LARGEST_EXPONENT = 1e6
 
 
 def sigmoid_focal_loss(
     inputs: Tensor,
     targets: Tensor | SparseTarget,
-    alpha: float = 0.25,
-    gamma: float = 2,
+    alpha: float | Tensor = 0.25,
+    gamma: float | Tensor = 2,
     reduction: str = "none",
     *,
-    gamma_neg: float | None = None,
+    gamma_neg: float | Tensor | None = None,
     weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int | float | None = None,
@@ -62,13 +53,16 @@ def sigmoid_focal_loss(
         targets: the same shape, any of these dtypes, bool, uint8, int8, int16, int32 or int64,
             usually in [0, 1] (not checked). Or sparse ones, see
             :func:`fused_bce.functional.binary_cross_entropy_with_logits`.
-        alpha: in [0, 1], weight of positives; -1 for no such weights.
-        gamma: exponent, in [0, 1e6]; 0 is cross entropy.
+        alpha: weight of positives, 1 - alpha that of negatives; below 0, as -1, for no such
+            weights.
+        gamma: exponent; 0 is cross entropy.
         reduction: ``"none"``, ``"mean"``, ``"sum"``, or ``"batchmean"``, the sum over the size of
             the first dimension.
         gamma_neg: another exponent for negatives, where positives are few (`Ben-Baruch et al., 2020
             <https://arxiv.org/abs/2009.14119>`_); that of a target t is then gamma t + gamma_neg
-            (1 - t).
+            (1 - t). The kernels take an alpha up to 1 and exponents in [0, 1e6]. Others, and
+            tensors that broadcast with the logits, are computed as ATen operations; a tensor that
+            requires a gradient gets one.
         weight: rescales each element's loss; broadcasts into the shape of the logits.
         label_smoothing, ignore_index, validate_targets, recompute: see
             :func:`fused_bce.functional.binary_cross_entropy_with_logits`.
@@ -79,13 +73,14 @@ def sigmoid_focal_loss(
         unless that is float64.
 
     Raises:
-        ValueError: for ``alpha``, ``gamma``, ``gamma_neg`` or ``label_smoothing`` out of range, an
-            unknown reduction, different sizes, a bad ``ignore_index``, an invalid target.
+        ValueError: for ``label_smoothing`` out of range, an unknown reduction, different sizes, a
+            bad ``ignore_index``, an invalid target.
         RuntimeError: for a weight that does not broadcast or is complex.
         NotImplementedError: for logits that are no floats, and complex targets.
-        TypeError: for one of the numbers if it is a tensor, and what should be a tensor and is not.
+        TypeError: for a ``label_smoothing`` that is a tensor, and what should be a tensor and is
+            not.
 
-    What the kernels do not cover is computed in torch's operations: see
+    What the kernels do not cover is computed as ATen operations: see
     :func:`fused_bce.why_not_fused`. So is a call in compiled code whose ``alpha`` or ``gamma``
     varies from step to step, for a kernel is chosen by them.
 
@@ -98,109 +93,100 @@ def sigmoid_focal_loss(
         >>> loss, logits.grad
         (tensor(0.0343, grad_fn=<...>), tensor([-0.0345,  0.0394, -0.0012]))
     """
-    if isinstance(targets, SparseTarget):
-        check_ignore_index_of_rows(ignore_index, targets)
-        targets = targets.to_dense()
-    reason = why_not_dense(inputs, targets, weight, None)
-    if reason is not None and (isinstance(inputs, Proxy) or isinstance(targets, Proxy)):
-        return handle_torch_function(
-            sigmoid_focal_loss,
-            (inputs, targets, weight),
-            inputs,
-            targets,
-            alpha,
-            gamma,
-            reduction,
-            gamma_neg=gamma_neg,
-            weight=weight,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            validate_targets=validate_targets,
-            recompute=recompute,
-        )
-    if reason is not None and isinstance(sparse := as_sparse(targets), SparseTarget):
-        check_ignore_index_of_rows(ignore_index, sparse)
-        targets = sparse.to_dense()
-        reason = why_not_dense(inputs, targets, weight, None)
-    check_focal_numbers(alpha, gamma, gamma_neg)
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction must be one of {[*_REDUCTIONS]}, not {reduction!r}")
-    if ignore_index is not None:
-        ignore_index = check_ignore_index(ignore_index, targets)
-    if validate_targets:
-        check_targets(targets, ignore_index)
-    compiling = torch.compiler.is_compiling()
-    smooths = may_differ_from_zero(label_smoothing) if compiling else label_smoothing != 0
-    if smooths:
-        check_label_smoothing(label_smoothing)
-    if compiling and reason is None and not _are_constant(alpha, gamma, gamma_neg):
-        reason = "alpha or gamma varies in compiled code"
-    if reason is not None:
-        if not compiling:
-            log_once(reason)
-        return _in_torch(
-            inputs,
-            targets,
-            weight,
-            alpha,
-            gamma,
-            gamma_neg,
-            reduction,
-            label_smoothing,
-            ignore_index,
-        )
-    number = _REDUCTIONS[reduction]
-    divisor: Tensor | None
-    if reduction == "batchmean":
-        divisor = batch_size_operand(inputs)
-    else:
-        divisor = divisor_operand(inputs, targets, weight, None, number, ignore_index)
-    exponents = gamma, gamma if gamma_neg is None else gamma_neg
-    return _loss(
+    if isinstance(inputs, Proxy) or isinstance(targets, Proxy):
+        return record_call(sigmoid_focal_loss, locals())
+    check_reduction(reduction, tuple(REDUCTIONS))
+    gamma_neg = gamma if gamma_neg is None else gamma_neg
+    why_not = _why_not_numbers(alpha, gamma, gamma_neg)
+    if why_not is None and not alpha >= 0:
+        alpha = -1.0
+    return evaluate(
+        _LOSS,
+        inputs,
+        targets,
+        weight,
+        (alpha, gamma, gamma_neg),
+        reduction,
+        Extras(label_smoothing, ignore_index, validate_targets, recompute),
+        why_not=why_not,
+    )
+
+
+def _why_not_numbers(alpha, gamma, gamma_neg) -> str | None:
+    """Why the kernels, of which these numbers choose one, do not take them."""
+    for name, number in (("alpha", alpha), ("gamma", gamma), ("gamma_neg", gamma_neg)):
+        if isinstance(number, Tensor):
+            return f"{name} is a tensor"
+        if not _is_constant(number):
+            return f"{name} varies in compiled code"
+        if (number > 1) if name == "alpha" else not 0 <= number <= _LARGEST_EXPONENT:
+            return f"{name} is out of the range of the kernels"
+    return None
+
+
+def _is_constant(number: float) -> bool:
+    """Whether an operator may take it: compiled code must be guarded by it."""
+    if not torch.compiler.is_compiling():
+        return True
+    # Imported here, as in scalars.py.
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return has_static_value(number)
+
+
+def _compute_composite(
+    inputs, targets, weight, alpha, gamma, gamma_neg, reduction, smoothing, ignore_index
+) -> Tensor:
+    for name, value in (("inputs", inputs), ("targets", targets), ("weight", weight)):
+        if not isinstance(value, Tensor) and not (name == "weight" and value is None):
+            raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
+    dtype = with_autocast(torch.promote_types(inputs.dtype, targets.dtype), inputs)
+    for number in (alpha, gamma, gamma_neg):
+        if isinstance(number, Tensor) and number.dim() > 0:
+            dtype = torch.promote_types(dtype, number.dtype)
+    same = gamma_neg is gamma
+    alpha, alphas = _split_number(alpha, inputs)
+    gamma, gammas = _split_number(gamma, inputs)
+    gamma_neg, gammas_neg = (gamma, None) if same else _split_number(gamma_neg, inputs)
+    if not same and gammas is not None and gammas_neg is None:
+        gammas_neg = scalar_operand(gamma_neg, inputs)
+    by_size = reduction == "batchmean"
+    compute = ops._sigmoid_focal_loss_composite.default
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+        compute = functools.partial(call_composite, compute)
+    loss = compute(
+        *(alphas, gammas, gammas_neg, None),
         inputs,
         targets,
         weight,
         alpha,
-        *exponents,
-        number,
-        None,
-        scalar_operand(label_smoothing, inputs) if smooths else None,
+        gamma,
+        gamma_neg,
+        SUM if by_size else REDUCTIONS[reduction],
+        torch.promote_types(dtype, torch.float32) if by_size else dtype,
+        smoothing,
         *index_or_nan(ignore_index),
-        divisor,
-        recompute,
     )
+    return (loss / inputs.size(0)).to(dtype) if by_size else loss
 
 
-def _are_constant(*numbers: float | None) -> bool:
-    """In compiled code: whether it is guarded by these, so that an operator may take them."""
-    # Imported here, as in scalars.py.
-    from torch.fx.experimental.symbolic_shapes import has_static_value
+def _split_number(number, beside: Tensor) -> tuple[float, Tensor | None]:
+    """As the composite operator takes it: the tensor, if there is one, counts."""
+    if isinstance(number, Tensor):
+        return 0.0, number
+    return (number, None) if _is_constant(number) else (0.0, scalar_operand(number, beside))
 
-    return all(number is None or has_static_value(number) for number in numbers)
 
-
-def _in_torch(inputs, targets, weight, alpha, gamma, gamma_neg, *rest):
-    for name, value in (("inputs", inputs), ("targets", targets), ("weight", weight)):
-        if not isinstance(value, Tensor) and not (name == "weight" and value is None):
-            raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
-    alpha = None if alpha == -1 else alpha
-    if not torch.compiler.is_compiling():
-        gamma_neg = None if gamma_neg == gamma else gamma_neg
-    else:
-        alpha, gamma, gamma_neg = (
-            number if _are_constant(number) else scalar_operand(number, inputs)
-            for number in (alpha, gamma, gamma_neg)
-        )
-    return reference.sigmoid_focal_loss(inputs, targets, weight, alpha, gamma, gamma_neg, *rest)
+_LOSS = PointwiseLoss(ops.sigmoid_focal_loss.default, fallback=_compute_composite)
 
 
 def _scripted(
     inputs: Tensor,
     targets: Tensor,
-    alpha: float = 0.25,
-    gamma: float = 2.0,
+    alpha: int | float = 0.25,
+    gamma: int | float = 2.0,
     reduction: str = "none",
-    gamma_neg: float | None = None,
+    gamma_neg: int | float | None = None,
     weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int | float | None = None,
@@ -209,23 +195,39 @@ def _scripted(
 ) -> Tensor:
     """What torch.jit.script compiles in its place, without keyword-only arguments, which it cannot
     compile."""
-    check_focal_numbers(alpha, gamma, gamma_neg)
     check_label_smoothing(label_smoothing)
     if reduction not in ["none", "mean", "sum", "batchmean"]:
         raise ValueError("reduction must be none, mean, sum or batchmean")
     if validate_targets and bool(is_invalid(targets, ignore_index).any()):
         raise ValueError("a target lies outside [0, 1]")
-    return reference.sigmoid_focal_loss(
+    smoothing = smoothing_tensor(label_smoothing)
+    index: int | None = None
+    if isinstance(ignore_index, int):
+        index = ignore_index
+    dtype = torch.promote_types(inputs.dtype, targets.dtype)
+    by_size = reduction == "batchmean"
+    loss = torch.ops.fused_bce._sigmoid_focal_loss_composite(
+        None,
+        None,
+        None,
+        None,
         inputs,
         targets,
         weight,
-        None if alpha == -1 else alpha,
-        gamma,
-        gamma_neg,
-        reduction,
-        label_smoothing,
-        ignore_index,
+        _as_float(alpha),
+        _as_float(gamma),
+        _as_float(gamma if gamma_neg is None else gamma_neg),
+        2 if by_size else ["none", "mean", "sum"].index(reduction),
+        torch.promote_types(dtype, torch.float32) if by_size else dtype,
+        smoothing,
+        index,
+        isinstance(ignore_index, float),
     )
+    return (loss / inputs.size(0)).to(dtype) if by_size else loss
+
+
+def _as_float(number: int | float) -> float:
+    return float(number) if isinstance(number, int) else number
 
 
 sigmoid_focal_loss.__prepare_scriptable__ = lambda: _scripted  # type: ignore[attr-defined]
@@ -282,13 +284,13 @@ class SigmoidFocalLoss(_WeightedLoss):
         super().__init__(weight, reduction=reduction)
         # Before a parameter that was to be trained would become a number
         check_focal_numbers(alpha, gamma, gamma_neg)
-        check_reduction(reduction, tuple(_REDUCTIONS))
+        check_label_smoothing(label_smoothing)
         # As torch.jit.script has them
         self.alpha = float(alpha)
         self.gamma = float(gamma)
         self.gamma_neg = None if gamma_neg is None else float(gamma_neg)
         self.label_smoothing = float(label_smoothing)
-        self.ignore_index = check_options(label_smoothing, ignore_index)
+        self.ignore_index = ignore_index
         self.validate_targets = bool(validate_targets)
         self.recompute = bool(recompute)
 

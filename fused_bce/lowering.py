@@ -1,20 +1,14 @@
-"""The operators in those of torch (aten), for what cannot run them: ONNX, other backends."""
+"""The operators as ATen operations, for what cannot run them: ONNX, other backends."""
 
+import functools
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fused_bce.dtypes import MEAN, NONE
-from fused_bce.reference import (
-    is_ignored,
-    loss_of_kept,
-    sigmoid_focal_losses,
-    sum_of,
-    with_floats,
-)
-from fused_bce.registrations import ops
+from fused_bce.reference import is_ignored
+from fused_bce.registrations import call_composite, ops
 from fused_bce.sparse import SparseTarget
 
 _table: dict = {}
@@ -49,132 +43,30 @@ def _lowers(op: torch._ops.OpOverload) -> Callable:
     return register
 
 
-@_lowers(ops.binary_cross_entropy_with_logits.default)
-def _loss(
-    logits,
-    target,
-    weight=None,
-    pos_weight=None,
-    reduction=1,
-    dtype=None,
-    label_smoothing=None,
-    ignore_index=None,
-    ignore_nan=False,
-    divisor=None,
-    recompute=False,
-):
-    def losses_of(logits, target, ignored):
-        return loss_of_kept(logits, target, ignored, weight, pos_weight)
+def _lower_pointwise(name: str) -> Callable:
+    """All operators of a loss take its arguments in the same order."""
+    of = {kind: getattr(ops, f"_{name}_{kind}").default for kind in _KINDS}
 
-    return _reduced(
-        losses_of,
-        logits,
-        target,
-        reduction,
-        dtype or with_floats(target, logits).dtype,
-        label_smoothing,
-        ignore_index,
-        ignore_nan,
-        divisor,
-    )
+    def loss(*operands, **named):
+        return call_composite(of["composite"], None, None, None, None, *operands, **named)
+
+    def grad(*operands, **named):
+        return call_composite(of["differentiable_backward"], *operands, **named)
+
+    def loss_and_grad(*operands, **named):
+        value = loss(*operands, **named)
+        return value, grad(torch.ones_like(value), *operands, **named)
+
+    _table[getattr(ops, name).default] = loss
+    _table[of["composite"]] = functools.partial(call_composite, of["composite"])
+    _table[of["backward"]] = grad
+    _table[of["with_grad"]] = loss_and_grad
+    return loss
 
 
-def _reduced(
-    losses_of,
-    logits,
-    target,
-    reduction,
-    dtype,
-    label_smoothing,
-    ignore_index,
-    ignore_nan,
-    divisor,
-):
-    """What is the same for every loss around the losses of its elements."""
-    ignored = _ignored(target, ignore_index, ignore_nan)
-    target = with_floats(target, logits)
-    logits, target = (t.to(torch.promote_types(t.dtype, dtype)) for t in (logits, target))
-    if label_smoothing is not None:
-        target = (target * (1 - label_smoothing) + label_smoothing / 2).to(target.dtype)
-    losses = losses_of(logits, target, ignored)
-    if reduction == NONE:
-        return losses.to(dtype)
-    total = sum_of(losses)
-    if reduction == MEAN:
-        count = (~ignored).sum() if divisor is None else divisor
-        total = total / count.masked_fill(count == 0, 1)
-    return total.to(dtype)
-
-
-@_lowers(ops._binary_cross_entropy_with_logits_backward.default)
-def _grad(*operands, **named):
-    return _composite(
-        ops._binary_cross_entropy_with_logits_differentiable_backward.default, *operands, **named
-    )
-
-
-def _composite(op, *operands, **named):
-    """The formula stands in csrc/derivatives.cpp. Its kernel is called past the dispatcher, since
-    torch.export keeps operators that are made of others."""
-    return op._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *operands, **named)
-
-
-@_lowers(ops._binary_cross_entropy_with_logits_with_grad.default)
-def _loss_and_grad(*operands, **named):
-    loss = _loss(*operands, **named)
-    return loss, _grad(torch.ones_like(loss), *operands, **named)
-
-
-@_lowers(ops.sigmoid_focal_loss.default)
-def _focal_loss(
-    logits,
-    target,
-    weight=None,
-    alpha=0.25,
-    gamma=2.0,
-    gamma_neg=2.0,
-    reduction=1,
-    dtype=None,
-    label_smoothing=None,
-    ignore_index=None,
-    ignore_nan=False,
-    divisor=None,
-    recompute=False,
-):
-    def losses_of(logits, target, ignored):
-        losses = sigmoid_focal_losses(
-            logits.masked_fill(ignored, 0),
-            target.masked_fill(ignored, 0),
-            None if alpha == -1 else alpha,
-            gamma,
-            None if gamma_neg == gamma else gamma_neg,
-        )
-        losses = losses if weight is None else losses * weight
-        return losses.masked_fill(ignored, 0)
-
-    dtype = dtype or torch.promote_types(logits.dtype, target.dtype)
-    return _reduced(
-        losses_of,
-        logits,
-        target,
-        reduction,
-        dtype,
-        label_smoothing,
-        ignore_index,
-        ignore_nan,
-        divisor,
-    )
-
-
-@_lowers(ops._sigmoid_focal_loss_backward.default)
-def _focal_grad(*operands, **named):
-    return _composite(ops._sigmoid_focal_loss_differentiable_backward.default, *operands, **named)
-
-
-@_lowers(ops._sigmoid_focal_loss_with_grad.default)
-def _focal_loss_and_grad(*operands, **named):
-    loss = _focal_loss(*operands, **named)
-    return loss, _focal_grad(torch.ones_like(loss), *operands, **named)
+_KINDS = ("composite", "with_grad", "backward", "differentiable_backward")
+_loss = _lower_pointwise("binary_cross_entropy_with_logits")
+_lower_pointwise("sigmoid_focal_loss")
 
 
 @_lowers(ops.linear_binary_cross_entropy_with_logits.default)
@@ -209,7 +101,7 @@ def _linear_loss(
 def _linear_loss_and_grads(wanted, grad_loss, input, linear_weight, linear_bias, *rest, **named):
     operands = input, linear_weight, linear_bias, *rest
     loss = _linear_loss(*operands, **named)
-    grads = _composite(
+    grads = call_composite(
         ops._linear_binary_cross_entropy_differentiable_backward.default,
         wanted,
         torch.ones_like(loss) if grad_loss is None else grad_loss,

@@ -1,8 +1,6 @@
-"""The losses in plain torch, for calls that the kernels do not cover: torch's own function, or for
-the focal loss its operations, and around them what this package takes beyond. They can be
-scripted."""
-
-import math
+"""The loss in plain torch, for calls that the kernels do not cover: torch's own function, and
+around it what this package takes beyond. It can be scripted. (csrc/derivatives.cpp has the same for
+the focal loss, an operator.)"""
 
 import torch
 from torch import Tensor
@@ -38,88 +36,6 @@ def binary_cross_entropy_with_logits(
     elif batchmean:
         total = total / input.size(0)
     return total.to(losses.dtype)
-
-
-def sigmoid_focal_loss(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    alpha: float | None,
-    gamma: float,
-    gamma_neg: float | None,
-    reduction: str,
-    smoothing: Tensor | None,
-    ignore_index: int | float | None,
-) -> Tensor:
-    """As :func:`fused_bce.functional.sigmoid_focal_loss`, but for an ``alpha`` of None in the place
-    of -1. In compiled code the numbers may be tensors."""
-    check_focal_operands(input, target)
-    dtype = with_autocast(torch.promote_types(input.dtype, target.dtype), input)
-    ignored = None if ignore_index is None else is_ignored(target, ignore_index)
-    if ignored is not None:
-        input, target = input.masked_fill(ignored, 0.0), target.masked_fill(ignored, 0)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    target = smoothed(target.to(wide), smoothing)
-    losses = sigmoid_focal_losses(input.to(wide), target, alpha, gamma, gamma_neg)
-    if weight is not None:
-        if weight.is_complex():
-            raise RuntimeError(f"weight must be real, not {weight.dtype}")
-        losses = losses * weight.expand(input.size())
-    if ignored is not None:
-        losses = losses.masked_fill(ignored, 0.0)
-    if reduction == "mean" and ignored is not None:
-        losses = losses.sum() / (~ignored).sum().clamp(min=1)
-    elif reduction == "mean":
-        losses = losses.mean()
-    elif reduction == "sum":
-        losses = losses.sum()
-    elif reduction == "batchmean":
-        losses = losses.sum() / input.size(0)
-    return losses.to(dtype)
-
-
-def check_focal_operands(input: Tensor, target: Tensor) -> None:
-    # A trace would make a constant of the answer, and warn.
-    if not torch.jit.is_tracing() and target.size() != input.size():
-        raise ValueError(
-            f"Target size ({target.size()}) must be the same as input size ({input.size()})"
-        )
-    if not input.is_floating_point():
-        raise NotImplementedError(f"inputs must be of floats, not {input.dtype}")
-    if target.is_complex():
-        raise NotImplementedError(f"targets must be real, not {target.dtype}")
-
-
-def sigmoid_focal_losses(
-    x: Tensor,
-    t: Tensor,
-    alpha: float | None,
-    gamma: float,
-    gamma_neg: float | None,
-) -> Tensor:
-    """The loss of each element, in the terms of csrc/formulas/focal.h, and so that all of its
-    derivatives are finite: for a hard target 1 - p_t is exp(-a) times ``base``, whose powers have
-    no pole."""
-    u = 1 - t
-    negative = x < 0
-    a = torch.where(negative, -x, x)  # |x|, but for its slope at 0
-    q, rest = torch.where(negative, t, u), torch.where(negative, u, t)
-    e = torch.exp(-a)
-    hard = q == 0
-    # 0 at an infinite logit on the side of its target
-    ce = a.masked_fill(hard & a.isinf(), 0.0) * q + torch.log1p(e)
-    bounded = a.clamp(max=709.0 if x.dtype == torch.float64 else 88.0)
-    minus_log_size = bounded.masked_fill(~hard, 0.0)
-    # q is 0 where it is hard; this is for the derivative by the target.
-    at_hard = rest + q.masked_fill(~hard, 0.0) * torch.exp(bounded)
-    base = torch.where(hard, at_hard, q + rest * e) / (1 + e)
-    if gamma_neg is None:
-        power = base**gamma * torch.exp(-gamma * minus_log_size)
-    else:
-        g = gamma * t + gamma_neg * u
-        power = base.masked_fill(base < 0, math.nan) ** g * torch.exp(-g * minus_log_size)
-    losses = power * ce
-    return losses if alpha is None else losses * (alpha * t + (1 - alpha) * u)
 
 
 def smoothing_tensor(label_smoothing: float) -> Tensor | None:

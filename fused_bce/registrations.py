@@ -35,6 +35,15 @@ def outside_graphs(function):
     return function
 
 
+def call_composite(op: torch._ops.OpOverload, *operands, **named):
+    """Computes an operator that is made of ATen operations by these.
+
+    Past the dispatcher, since torch.export keeps such operators, and past its mode.
+    """
+    with torch._C.DisableTorchFunction():
+        return op._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *operands, **named)
+
+
 def record_call(function, arguments: dict):
     """Makes the call a node of the graph that torch.fx traces."""
     proxies = [value for value in arguments.values() if isinstance(value, Proxy)]

@@ -8,6 +8,7 @@ from torch import Tensor
 from fused_bce.checks import check_label_smoothing
 from fused_bce.dispatch import are_shards
 from fused_bce.registrations import ops, whole
+from fused_bce.sparse import is_fake
 
 _UNSHARDED = (Tensor, torch.nn.Parameter)
 
@@ -29,6 +30,8 @@ def scalar_operand(number: float, beside: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return torch.ones((), dtype=torch.float64, device=beside.device) * number
+    if is_fake(beside):
+        return beside.new_full((), number, dtype=torch.float64, device="cpu")
     return torch.scalar_tensor(number, dtype=torch.float64, device="cpu")
 
 

@@ -182,6 +182,17 @@ def test_export_and_decompositions(reduction, options, device):
         assert_close(one(logits, target), want)
 
 
+def test_what_is_not_fused_is_exported_as_aten(device):
+    logits, target, _ = batch(device, {})
+    module = SigmoidFocalLoss(gamma=1.5)
+    module.weight = torch.nn.Parameter(
+        torch.rand(5, device=device)
+    )  # of which kernels know nothing
+    program = export(module, (logits, target))
+    assert not ours_in(program.graph)
+    assert_close(program.module()(logits, target), module(logits, target).double())
+
+
 @by_case
 def test_decomposed_gradients(reduction, options, device):
     logits, target, options = batch(device, options)
