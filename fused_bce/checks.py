@@ -17,9 +17,15 @@ from fused_bce.sparse import SparseTarget, as_integer, is_fake, is_traced_by_pro
 _MOST_IGNORED = 2**24  # float32 holds all integers up to there
 
 
+_SMOOTHING = "label_smoothing must lie in [0, 1)"
+
+
 def check_label_smoothing(label_smoothing: float) -> None:
     if isinstance(label_smoothing, Tensor):
         raise TypeError("label_smoothing must be a number, not a tensor")
+    if not torch.jit.is_scripting():  # noqa: SIM102, it compiles what is not below this test alone
+        if torch.compiler.is_compiling():
+            return _check_label_smoothing_in_graph(label_smoothing)
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing must lie in [0, 1), not be {label_smoothing}")
 
@@ -52,6 +58,12 @@ def check_options(label_smoothing: float, ignore_index: object) -> int | float |
     """What the constructors of all losses check. Returns ``ignore_index`` as an int or nan."""
     check_label_smoothing(label_smoothing)
     return None if ignore_index is None else check_ignore_index(ignore_index, None)
+
+
+def _check_label_smoothing_in_graph(label_smoothing: float) -> None:
+    """A number that the graph itself computes is checked when it runs."""
+    torch._check_value(label_smoothing >= 0.0, lambda: _SMOOTHING)
+    torch._check_value(label_smoothing < 1.0, lambda: _SMOOTHING)
 
 
 def check_focal_numbers(alpha: float, gamma: float, gamma_neg: float | None) -> None:

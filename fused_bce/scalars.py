@@ -46,8 +46,8 @@ def smoothing_operand(label_smoothing: float, beside: Tensor) -> Tensor | None:
 
 def batch_size_operand(input: Tensor) -> Tensor:
     """What batchmean divides by. Of nothing it is nan, as a divisor of 0 would count as 1."""
-    size = input.size(0)
-    return scalar_operand(size if size != 0 else math.nan, input)
+    size = scalar_operand(input.size(0), input)
+    return size.masked_fill(size == 0, math.nan)
 
 
 def index_or_nan(ignore_index: int | float | None) -> tuple[int | None, bool]:
