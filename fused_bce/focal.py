@@ -1,6 +1,7 @@
 """The sigmoid focal loss, as a function and as a module."""
 
 import functools
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -151,9 +152,10 @@ def _compute_composite(
     if not same and gammas is not None and gammas_neg is None:
         gammas_neg = scalar_operand(gamma_neg, inputs)
     by_size = reduction == "batchmean"
-    compute = ops._sigmoid_focal_loss_composite.default
+    op = ops._sigmoid_focal_loss_composite.default
+    compute: Callable[..., Tensor] = op
     if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
-        compute = functools.partial(call_composite, compute)
+        compute = functools.partial(call_composite, op)
     loss = compute(
         *(alphas, gammas, gammas_neg, None),
         inputs,

@@ -122,15 +122,18 @@ def binary_cross_entropy_with_logits(
 def _evaluate_legacy(
     input, target, weight, size_average, reduce, reduction, pos_weight, extras: Extras
 ) -> Tensor:
-    compiling = torch.compiler.is_compiling()
-    if not compiling:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+    def operator(*arguments) -> Tensor:
+        _reduction.legacy_get_string(size_average, reduce)  # for its warning
+        return _LOSS.operator(*arguments)
 
     def fallback(*arguments) -> Tensor:
         return _compute_in_torch(*arguments, size_average=size_average, reduce=reduce)
 
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        reduction = _reduction.legacy_get_string(size_average, reduce, emit_warning=False)
     return evaluate(
-        _LOSS._replace(fallback=fallback),
+        PointwiseLoss(operator, fallback),
         input,
         target,
         weight,

@@ -9,7 +9,12 @@ from torch import Tensor
 from fused_bce.checks import check_ignore_index_of_rows, check_target_values
 from fused_bce.dispatch import log_once, why_not_dense
 from fused_bce.dtypes import number_of_reduction
-from fused_bce.scalars import divisor_operand, index_or_nan, smoothing_operand
+from fused_bce.scalars import (
+    batch_size_operand,
+    divisor_operand,
+    index_or_nan,
+    smoothing_operand,
+)
 from fused_bce.sparse import SparseTarget, as_sparse
 
 
@@ -26,7 +31,7 @@ class PointwiseLoss(NamedTuple):
     """What computes a loss."""
 
     # Takes logits, target, weight, the loss's own arguments, and what all losses take.
-    operator: torch._ops.OpOverload
+    operator: Callable[..., Tensor]
     # Computes calls that the kernels do not cover: takes logits, target, weight, the loss's own
     # arguments, the name of the reduction, the smoothing as a tensor, and ignore_index.
     fallback: Callable[..., Tensor]
@@ -66,7 +71,10 @@ def evaluate(
             log_once(reason)
         return loss.fallback(input, target, weight, *own, reduction, smoothing, ignore_index)
     number = number_of_reduction(reduction)
-    divisor = divisor_operand(input, target, weight, pos_weight, reduction, ignore_index)
+    if reduction == "batchmean":
+        divisor: Tensor | None = batch_size_operand(input)
+    else:
+        divisor = divisor_operand(input, target, weight, pos_weight, number, ignore_index)
     if smoothing is None and ignore_index is None and divisor is None and not recompute:
         # What a call leaves out need not be parsed.
         return loss.operator(input, target, weight, *own, number)

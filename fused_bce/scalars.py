@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fused_bce.checks import check_label_smoothing
 from fused_bce.dispatch import are_shards
+from fused_bce.dtypes import MEAN
 from fused_bce.registrations import ops, whole
 from fused_bce.sparse import is_fake
 
@@ -60,15 +61,13 @@ def divisor_operand(
     target: Tensor,
     weight: Tensor | None,
     pos_weight: Tensor | None,
-    reduction: str,
+    reduction: int,
     ignore_index: int | float | None,
 ) -> Tensor | None:
     """What mean divides by where that is not the number of elements at hand, as for a shard."""
-    if reduction == "batchmean":
-        return batch_size_operand(input)
     if type(input) in _UNSHARDED and type(target) in _UNSHARDED and weight is pos_weight is None:
         return None
-    if reduction != "mean" or not are_shards(input, target, weight, pos_weight):
+    if reduction != MEAN or not are_shards(input, target, weight, pos_weight):
         return None
     if input.numel() == 0:
         return None

@@ -16,7 +16,7 @@ from helpers import torch_bce
 
 NONE, MEAN, SUM = range(3)
 forward_op = torch.ops.fused_bce.binary_cross_entropy_with_logits
-backward_op = torch.ops.fused_bce.backward
+backward_op = torch.ops.fused_bce._binary_cross_entropy_with_logits_backward
 POS_WEIGHTS = [None, 0.01, 0.3, 1.0, 3.7, 100.0]
 # Emulated with a seed, each of CUDA's two approximations is off by up to what is documented, 2 and
 # 1 ULP.
