@@ -137,41 +137,43 @@ def why_not_dense(
         return "input or target is not a tensor"
     weights = ("weight", weight), ("pos_weight", pos_weight)
     operands = ("input", input), ("target", target), *weights
+    compiling = torch.compiler.is_compiling()
     for name, tensor in operands:
         if tensor is None:
             continue
-        reason = _why_not_ordinary(name, tensor, input, operands)
+        reason = _why_not_ordinary(name, tensor, input, operands, compiling)
         if reason is not None:
             return reason
         if tensor.dtype not in _COVERED[name]:
             return f"{name} has dtype {tensor.dtype}"
     if input.shape != target.shape:
         return "input and target differ in size"
-    return _why_not_constant(weights)
+    return None if weight is pos_weight is None else _why_not_constant(weights)
 
 
-def _why_not_ordinary(name: str, tensor: Tensor, input: Tensor, operands) -> str | None:
+def _why_not_ordinary(
+    name: str, tensor: Tensor, input: Tensor, operands, compiling: bool
+) -> str | None:
     """Why the kernels do not find the values of an operand."""
     if not isinstance(tensor, Tensor):
         return f"{name} is not a tensor"
-    if torch.compiler.is_compiling():
+    if compiling:
         if tensor.layout is not torch.strided or tensor.is_nested:
             return f"{name} is not an ordinary tensor"
         if tensor.device.type not in _DEVICE_TYPES:
             return f"{name} is on a device without a fused kernel"
     elif _keys(tensor).raw_repr() & _NOT_PLAIN and not are_shards(*(t for _, t in operands)):
         return _describe_unordinary(name, tensor)
-    # A weight that is a scalar on the CPU goes with any device.
-    is_scalar = name in ("weight", "pos_weight") and tensor.dim() == 0 and tensor.is_cpu
-    if tensor.device != input.device and not is_scalar:
+    if tensor is not input and tensor.device != input.device and not _goes_anywhere(name, tensor):
         return f"{name} is on another device"
-    if tensor.is_cuda and not _has_kernels_for(tensor):
+    if tensor.is_cuda and not compiling and not _C.has_kernels_for_gpu(tensor.get_device()):
         return f"this build has no kernels for the GPU, only for {_CUDA_ARCHS}"
     return None
 
 
-def _has_kernels_for(tensor: Tensor) -> bool:
-    return torch.compiler.is_compiling() or _C.has_kernels_for_gpu(tensor.get_device())
+def _goes_anywhere(name: str, tensor: Tensor) -> bool:
+    """Whether it is a weight that is a scalar on the CPU."""
+    return name in ("weight", "pos_weight") and tensor.is_cpu and tensor.dim() == 0
 
 
 def _why_not_constant(operands) -> str | None:
@@ -232,9 +234,10 @@ def why_not_linear(
     reason = _why_not_here(*(tensor for _, tensor in (*layer, *constants)))
     if reason is not None:
         return reason
+    compiling = torch.compiler.is_compiling()
     for name, tensor in (*layer, *constants):
         if tensor is not None:
-            reason = _why_not_ordinary(name, tensor, input, layer[:2])
+            reason = _why_not_ordinary(name, tensor, input, layer[:2], compiling)
             if reason is not None:
                 return reason
     return _why_not_constant(constants)
