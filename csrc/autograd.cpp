@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "derivatives.h"
+#include "composite.h"
 #include "saved_arguments.h"
 #include "stored_gradients.h"
 

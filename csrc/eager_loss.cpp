@@ -1,4 +1,4 @@
-// The loss of ordinary tensors, called from Python. On a small loss the checks of dispatch.py and
+// The loss of ordinary tensors, called from Python. On a small loss the checks of coverage.py and
 // the argument parsing of torch.ops take a fifth of the time; here they are a few comparisons. What
 // is out of the ordinary in any way is left to Python, which is the authority: None is returned,
 // never an error for what Python would take.

@@ -4,7 +4,7 @@
 #include <string>
 
 #include "autocast.h"
-#include "derivatives.h"
+#include "composite.h"
 #include "head/linear_operands.h"
 #include "meta.h"
 #include "operators.h"

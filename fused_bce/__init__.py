@@ -28,10 +28,10 @@ except ImportError as error:
 
 from fused_bce import functional
 from fused_bce.autograd import BCEWithLogitsFunction
-from fused_bce.dispatch import why_not_fused
+from fused_bce.coverage import why_not_fused
+from fused_bce.decompositions import decomposition_table
 from fused_bce.focal import SigmoidFocalLoss
 from fused_bce.head import LinearBCEWithLogitsLoss
-from fused_bce.lowering import decomposition_table
 from fused_bce.modules import BCEWithLogitsLoss
 from fused_bce.patching import convert, patch, unpatch
 from fused_bce.siglip import SigLipLoss

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_bce.dtypes import FLOATS
-from fused_bce.reference import is_ignored
+from fused_bce.fallback import is_ignored
 from fused_bce.registrations import constant_in_graphs
 from fused_bce.sparse import SparseTarget, as_integer, is_fake, is_traced_by_proxies
 

@@ -12,12 +12,13 @@ from torch.nn.modules.loss import _WeightedLoss
 from fused_bce.checks import (
     check_focal_numbers,
     check_label_smoothing,
+    check_options,
     check_reduction,
     is_invalid,
 )
 from fused_bce.dtypes import REDUCTIONS, SUM
+from fused_bce.fallback import smoothing_tensor, with_autocast
 from fused_bce.pointwise import Extras, PointwiseLoss, evaluate
-from fused_bce.reference import smoothing_tensor, with_autocast
 from fused_bce.registrations import call_composite, ops, record_call
 from fused_bce.scalars import index_or_nan, scalar_operand
 from fused_bce.sparse import SparseTarget
@@ -286,13 +287,13 @@ class SigmoidFocalLoss(_WeightedLoss):
         super().__init__(weight, reduction=reduction)
         # Before a parameter that was to be trained would become a number
         check_focal_numbers(alpha, gamma, gamma_neg)
-        check_label_smoothing(label_smoothing)
+        check_reduction(reduction, tuple(REDUCTIONS))
         # As torch.jit.script has them
         self.alpha = float(alpha)
         self.gamma = float(gamma)
         self.gamma_neg = None if gamma_neg is None else float(gamma_neg)
         self.label_smoothing = float(label_smoothing)
-        self.ignore_index = ignore_index
+        self.ignore_index = check_options(label_smoothing, ignore_index)
         self.validate_targets = bool(validate_targets)
         self.recompute = bool(recompute)
 

@@ -7,9 +7,9 @@ from torch.nn import _reduction
 from torch.nn.functional import binary_cross_entropy_with_logits as torch_bce
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fused_bce import _C, reference
+from fused_bce import _C, fallback
 from fused_bce.checks import check_label_smoothing, is_invalid
-from fused_bce.dispatch import has_integers
+from fused_bce.coverage import has_integers
 from fused_bce.focal import sigmoid_focal_loss
 from fused_bce.head import linear_binary_cross_entropy_with_logits
 from fused_bce.pairwise import pairwise_sigmoid_loss
@@ -126,14 +126,14 @@ def _evaluate_legacy(
         _reduction.legacy_get_string(size_average, reduce)  # for its warning
         return _LOSS.operator(*arguments)
 
-    def fallback(*arguments) -> Tensor:
+    def compute_in_torch(*arguments) -> Tensor:
         return _compute_in_torch(*arguments, size_average=size_average, reduce=reduce)
 
     compiling = torch.compiler.is_compiling()
     if not compiling:
         reduction = _reduction.legacy_get_string(size_average, reduce, emit_warning=False)
     return evaluate(
-        PointwiseLoss(operator, fallback),
+        PointwiseLoss(operator, compute_in_torch),
         input,
         target,
         weight,
@@ -162,7 +162,7 @@ def _compute_in_torch(
         return _torch(input, target, weight, size_average, reduce, reduction, pos_weight)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    return reference.binary_cross_entropy_with_logits(
+    return fallback.binary_cross_entropy_with_logits(
         input, target, weight, pos_weight, reduction, smoothing, ignore_index
     )
 
@@ -193,8 +193,8 @@ def _scripted(
     if plain and target.is_floating_point():
         return torch_bce(input, target, weight, size_average, reduce, reduction, pos_weight)
     check_label_smoothing(label_smoothing)
-    smoothing = reference.smoothing_tensor(label_smoothing)
-    return reference.binary_cross_entropy_with_logits(
+    smoothing = fallback.smoothing_tensor(label_smoothing)
+    return fallback.binary_cross_entropy_with_logits(
         input, target, weight, pos_weight, reduction, smoothing, ignore_index
     )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.modules.module import _global_forward_hooks
 
-from fused_bce import reference
+from fused_bce import fallback
 from fused_bce.checks import (
     check_chunk_bytes,
     check_label_smoothing,
@@ -19,7 +19,7 @@ from fused_bce.checks import (
     check_reduction_to_scalar,
     check_target_values,
 )
-from fused_bce.dispatch import are_shards, log_once, why_not_linear
+from fused_bce.coverage import are_shards, log_once, why_not_linear
 from fused_bce.dtypes import REDUCTIONS
 from fused_bce.registrations import record_call
 from fused_bce.scalars import batch_size_operand, index_or_nan, smoothing_operand
@@ -189,7 +189,7 @@ def on_whole_logits(input, linear_weight, target, options) -> Tensor:
 
     def compute(*operands, label_smoothing: float, **rest) -> Tensor:
         rest["smoothing"] = smoothing_operand(label_smoothing, linear_weight)
-        return reference.binary_cross_entropy_with_logits(*operands, **rest)
+        return fallback.binary_cross_entropy_with_logits(*operands, **rest)
 
     return _compute_from_logits(compute, logits, target, options, rows.size(0))
 

@@ -14,7 +14,7 @@ from fused_bce.checks import (
     check_reduction_to_scalar,
     check_targets,
 )
-from fused_bce.dispatch import are_shards, log_once, why_not_linear
+from fused_bce.coverage import are_shards, log_once, why_not_linear
 from fused_bce.head import linear_loss, on_whole_logits, operator_arguments
 from fused_bce.registrations import ops, record_call
 from fused_bce.sparse import SparseTarget

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fused_bce.checks import check_ignore_index_of_rows, check_target_values
-from fused_bce.dispatch import log_once, why_not_dense
+from fused_bce.coverage import log_once, why_not_dense
 from fused_bce.dtypes import number_of_reduction
 from fused_bce.scalars import (
     batch_size_operand,

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.fx import Proxy
 
-from fused_bce.dispatch import are_shards
+from fused_bce.coverage import are_shards
 from fused_bce.pairwise import PairwiseOperands, check_pairs, logits_dtype, pairwise_sigmoid_loss
 from fused_bce.registrations import outside_graphs, record_call
 from fused_bce.sparse import as_integer

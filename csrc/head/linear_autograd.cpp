@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <array>
 
-#include "../derivatives.h"
+#include "../composite.h"
 #include "../saved_arguments.h"
 #include "../stored_gradients.h"
 #include "linear_operands.h"

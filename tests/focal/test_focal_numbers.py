@@ -150,7 +150,7 @@ def test_dtype_of_the_loss(device):
 
 
 def test_what_the_log_says(caplog, monkeypatch):
-    monkeypatch.setattr(fused_bce.dispatch, "_logged", {})
+    monkeypatch.setattr(fused_bce.coverage, "_logged", {})
     logits, target = draw(SHAPE, "cpu")
     with caplog.at_level("INFO", "fused_bce"):
         for gamma in (torch.tensor(2.0), torch.tensor(1.0), -1.0, -2.0):

@@ -148,7 +148,7 @@ def is_fused(loss):
 @pytest.fixture
 def reasons(caplog, monkeypatch):
     """What is logged, once, of calls that are not fused."""
-    monkeypatch.setattr("fused_bce.dispatch._logged", {})
+    monkeypatch.setattr("fused_bce.coverage._logged", {})
     caplog.set_level(logging.INFO, "fused_bce")
     return lambda: [record.getMessage() for record in caplog.records]
 

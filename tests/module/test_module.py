@@ -31,7 +31,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_bce
-from fused_bce import BCEWithLogitsLoss, SparseTarget, dispatch, why_not_fused
+from fused_bce import BCEWithLogitsLoss, SparseTarget, coverage, why_not_fused
 
 DOUBLE = torch.float64
 CLASSES = (BCEWithLogitsLoss, torch.nn.BCEWithLogitsLoss)
@@ -728,7 +728,7 @@ def test_why_not_fused_forgives_weights_where_no_gradient_is_taken(device):
 
 
 def test_reason_is_logged_once(caplog, device):
-    dispatch._logged.clear()
+    coverage._logged.clear()
     logits, target = batch(device)
     negated = torch._neg_view(logits)
     with caplog.at_level(logging.INFO, logger="fused_bce"):
@@ -745,11 +745,11 @@ def test_reason_is_logged_once(caplog, device):
     assert messages[0] == f"not fused: {why_not_fused(negated, target)}"
     assert messages[1] == "not fused: inside forward-mode differentiation"
     assert {record.name for record in caplog.records} == {"fused_bce"}
-    dispatch._logged.clear()
+    coverage._logged.clear()
 
 
 def test_reason_is_logged_once_by_all_threads(caplog):
-    dispatch._logged.clear()
+    coverage._logged.clear()
     negated = torch._neg_view(zeros("cpu"))
     together = threading.Barrier(8, timeout=HANGS)
 
@@ -761,11 +761,11 @@ def test_reason_is_logged_once_by_all_threads(caplog):
         futures = [pool.submit(work) for _ in range(8)]
         assert all(future.result() is None for future in futures)
     assert len(caplog.records) == 1
-    dispatch._logged.clear()
+    coverage._logged.clear()
 
 
 def test_nothing_is_logged_by_default(caplog, device):
-    dispatch._logged.clear()
+    coverage._logged.clear()
     loss = fused(torch._neg_view(zeros(device)), zeros(device))
     assert caplog.records == []
     torch.testing.assert_close(loss, torch_bce(zeros(device), zeros(device)))

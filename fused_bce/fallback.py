@@ -1,5 +1,5 @@
 """The loss in plain torch, for calls that the kernels do not cover: torch's own function, and
-around it what this package takes beyond. It can be scripted. (csrc/derivatives.cpp has the same for
+around it what this package takes beyond. It can be scripted. (csrc/composite.cpp has the same for
 the focal loss, an operator.)"""
 
 import torch

@@ -1,4 +1,4 @@
-#include "derivatives.h"
+#include "composite.h"
 
 #include <ATen/TensorOperators.h>
 #include <ATen/TensorSubclassLikeUtils.h>

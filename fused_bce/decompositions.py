@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fused_bce.reference import is_ignored
+from fused_bce.fallback import is_ignored
 from fused_bce.registrations import call_composite, ops
 from fused_bce.sparse import SparseTarget
 
