@@ -5,11 +5,10 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn import _reduction
 from torch.nn.functional import binary_cross_entropy_with_logits as torch_bce
-from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fused_bce import _C, fallback
 from fused_bce.checks import check_label_smoothing, is_invalid
-from fused_bce.coverage import has_integers
+from fused_bce.cross_entropy import BINARY_CROSS_ENTROPY, compute_in_torch
 from fused_bce.focal import sigmoid_focal_loss
 from fused_bce.head import linear_binary_cross_entropy_with_logits
 from fused_bce.pairwise import pairwise_sigmoid_loss
@@ -115,7 +114,14 @@ def binary_cross_entropy_with_logits(
             input, target, weight, size_average, reduce, reduction, pos_weight, extras
         )
     return evaluate(
-        _LOSS, input, target, weight, (pos_weight,), reduction, extras, pos_weight=pos_weight
+        BINARY_CROSS_ENTROPY,
+        input,
+        target,
+        weight,
+        (pos_weight,),
+        reduction,
+        extras,
+        pos_weight=pos_weight,
     )
 
 
@@ -124,16 +130,16 @@ def _evaluate_legacy(
 ) -> Tensor:
     def operator(*arguments) -> Tensor:
         _reduction.legacy_get_string(size_average, reduce)  # for its warning
-        return _LOSS.operator(*arguments)
+        return BINARY_CROSS_ENTROPY.operator(*arguments)
 
-    def compute_in_torch(*arguments) -> Tensor:
-        return _compute_in_torch(*arguments, size_average=size_average, reduce=reduce)
+    def otherwise(*arguments) -> Tensor:
+        return compute_in_torch(*arguments, size_average=size_average, reduce=reduce)
 
     compiling = torch.compiler.is_compiling()
     if not compiling:
         reduction = _reduction.legacy_get_string(size_average, reduce, emit_warning=False)
     return evaluate(
-        PointwiseLoss(operator, compute_in_torch),
+        PointwiseLoss(operator, fallback=otherwise),
         input,
         target,
         weight,
@@ -143,33 +149,6 @@ def _evaluate_legacy(
         pos_weight=pos_weight,
         why_not="size_average and reduce are not fused in compiled code" if compiling else None,
     )
-
-
-def _compute_in_torch(
-    input,
-    target,
-    weight,
-    pos_weight,
-    reduction,
-    smoothing,
-    ignore_index,
-    *,
-    size_average=None,
-    reduce=None,
-) -> Tensor:
-    plain = smoothing is None and ignore_index is None and reduction != "batchmean"
-    if plain and not has_integers(target):
-        return _torch(input, target, weight, size_average, reduce, reduction, pos_weight)
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
-    return fallback.binary_cross_entropy_with_logits(
-        input, target, weight, pos_weight, reduction, smoothing, ignore_index
-    )
-
-
-_LOSS = PointwiseLoss(
-    torch.ops.fused_bce.binary_cross_entropy_with_logits.default, fallback=_compute_in_torch
-)
 
 
 def _scripted(
@@ -200,20 +179,3 @@ def _scripted(
 
 
 binary_cross_entropy_with_logits.__prepare_scriptable__ = lambda: _scripted  # type: ignore[attr-defined]
-
-
-def _torch(input, target, weight, size_average, reduce, reduction, pos_weight):
-    if not has_torch_function_variadic(input, target, weight, pos_weight):
-        return torch_bce(input, target, weight, size_average, reduce, reduction, pos_weight)
-    # Under patch() torch's function would present itself to the override as ours.
-    return handle_torch_function(
-        torch_bce,
-        (input, target, weight, pos_weight),
-        input,
-        target,
-        weight=weight,
-        size_average=size_average,
-        reduce=reduce,
-        reduction=reduction,
-        pos_weight=pos_weight,
-    )

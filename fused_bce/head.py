@@ -20,12 +20,12 @@ from fused_bce.checks import (
     check_target_values,
 )
 from fused_bce.coverage import are_shards, log_once, why_not_linear
-from fused_bce.dtypes import REDUCTIONS
+from fused_bce.cross_entropy import BINARY_CROSS_ENTROPY
+from fused_bce.linear_operator import linear_loss, operator_arguments
+from fused_bce.pointwise import Extras, evaluate
 from fused_bce.registrations import record_call
-from fused_bce.scalars import batch_size_operand, index_or_nan, smoothing_operand
+from fused_bce.scalars import smoothing_operand
 from fused_bce.sparse import SparseTarget, as_sparse
-
-_loss = torch.ops.fused_bce.linear_binary_cross_entropy_with_logits.default
 
 
 def linear_binary_cross_entropy_with_logits(
@@ -141,48 +141,6 @@ def _fused(input, linear_weight, target, options, chunk_bytes) -> Tensor:
     return linear_loss(rows, linear_weight, target, operands, arguments)
 
 
-def operator_arguments(
-    input: Tensor,
-    linear_weight: Tensor,
-    reduction: str,
-    target: Tensor | SparseTarget | None,
-    label_smoothing: float = 0.0,
-    ignore_index: int | float | None = None,
-    chunk_bytes: int | None = None,
-) -> dict[str, Any]:
-    """Those that are no operands, as the operator takes them."""
-    index, nan = index_or_nan(ignore_index)
-    divisor = None
-    if reduction == "batchmean":
-        divisor = batch_size_operand(input)
-    elif reduction == "mean" and nan and isinstance(target, SparseTarget):
-        divisor = target.count_without_nan()
-    return {
-        "reduction": REDUCTIONS[reduction],
-        "label_smoothing": smoothing_operand(label_smoothing, linear_weight),
-        "ignore_index": index,
-        "ignore_nan": nan,
-        "divisor": divisor,
-        "chunk_bytes": chunk_bytes or 0,
-    }
-
-
-def linear_loss(input, linear_weight, target, operands, arguments) -> Tensor:
-    """The operator, for a target of either kind."""
-    sparse = isinstance(target, SparseTarget)
-    return _loss(
-        input,
-        linear_weight,
-        operands.get("linear_bias"),
-        target.indices if sparse else target,
-        target.offsets if sparse else None,
-        target.values if sparse else None,
-        operands.get("weight"),
-        operands.get("pos_weight"),
-        **arguments,
-    )
-
-
 def on_whole_logits(input, linear_weight, target, options) -> Tensor:
     rows = input if input.dim() > 1 else input[None]
     logits = F.linear(rows.flatten(0, -2), linear_weight, options["linear_bias"])
@@ -261,14 +219,19 @@ def _loss_of_logits(logits, target, *, validate_targets, **options) -> Tensor:
     if isinstance(logits, Proxy):
         recorded = {"logits": logits, "target": target, "validate_targets": validate_targets}
         return record_call(_loss_of_logits, recorded | options)
-    from fused_bce.functional import binary_cross_entropy_with_logits  # which imports this module
-
     check_reduction_to_scalar(options["reduction"])
     target = as_sparse(target)
     check_logits(logits, target, options["weight"], options["pos_weight"])
     options["ignore_index"] = check_target_values(target, options["ignore_index"], validate_targets)
     rows = logits if logits.dim() > 1 else logits[None]
-    compute = binary_cross_entropy_with_logits
+
+    def compute(logits, target, *, weight, pos_weight, reduction, **extras) -> Tensor:
+        own = (pos_weight,)
+        loss = BINARY_CROSS_ENTROPY
+        return evaluate(
+            loss, logits, target, weight, own, reduction, Extras(**extras), pos_weight=pos_weight
+        )
+
     return _compute_from_logits(compute, rows.flatten(0, -2), target, options, rows.size(0))
 
 

@@ -15,7 +15,8 @@ from fused_bce.checks import (
     check_targets,
 )
 from fused_bce.coverage import are_shards, log_once, why_not_linear
-from fused_bce.head import linear_loss, on_whole_logits, operator_arguments
+from fused_bce.head import on_whole_logits
+from fused_bce.linear_operator import linear_loss, operator_arguments
 from fused_bce.registrations import ops, record_call
 from fused_bce.sparse import SparseTarget
 

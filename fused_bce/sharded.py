@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from fused_bce.dtypes import MEAN
-from fused_bce.head import linear_loss
+from fused_bce.linear_operator import linear_loss
 from fused_bce.registrations import ops, whole
 from fused_bce.scalars import scalar_operand
 from fused_bce.sparse import SparseTarget
