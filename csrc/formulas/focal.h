@@ -1,6 +1,8 @@
 // The sigmoid focal loss: cross entropy with the easy elements turned down, one at a time.
 #pragma once
 
+#include <cmath>
+
 #include "../problem.h"
 #include "bce.h"
 #include "elementary.h"
