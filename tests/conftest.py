@@ -1,4 +1,7 @@
-"""Fixtures for every test."""
+"""Fixtures for every test, and the option that thins parametrised tests out."""
+
+import itertools
+from collections import defaultdict
 
 import pytest
 import torch
@@ -52,3 +55,52 @@ def _folder_of_torch_is_quoted():
 def _seed():
     """Every test draws the same numbers, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--pairs",
+        action="store_true",
+        help="run so few cases of each parametrised test that every two values of two parameters "
+        "still meet in one",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("pairs"):
+        return
+    tests = defaultdict(list)
+    for item in items:
+        tests[item.nodeid.partition("[")[0]].append(item)
+    chosen = {item for cases in tests.values() for item in choose_pairs(cases)}
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = [item for item in items if item in chosen]
+
+
+def choose_pairs(cases):
+    """Of the cases of one test so few that every two values of two parameters meet in one.
+
+    Each time the case that brings the most new pairs; the first of them, so that every process
+    chooses the same. Cases for a GPU that is not here would take pairs with them, and be skipped.
+    """
+    pairs = {case: pairs_of(case) for case in cases if not needs_absent_gpu(case)}
+    missing = set().union(*pairs.values())
+    chosen = []
+    while missing:
+        best = max(pairs, key=lambda case: len(pairs[case] & missing))
+        chosen.append(best)
+        missing -= pairs.pop(best)
+    return chosen
+
+
+def pairs_of(case):
+    """Pairs of parameters, told apart by identity: tensors and functions have no other."""
+    params = case.callspec.params if hasattr(case, "callspec") else {}
+    values = [(name, id(value)) for name, value in params.items()]
+    return set(itertools.combinations(values, 2)) or {tuple(values)}
+
+
+def needs_absent_gpu(case):
+    params = case.callspec.params if hasattr(case, "callspec") else {}
+    devices = (params.get(name) for name in ("device", "kernel_device"))
+    return any(isinstance(d, str) and d == "cuda" for d in devices) and why_no_cuda() is not None
