@@ -18,7 +18,7 @@ using ScaleKernel = void (*)(const Scaling&, int64_t begin, int64_t end);
 
 // Memory of the calling thread in which a kernel converts its tiles. Its stack may be too small:
 // OMP_STACKSIZE may leave 16 KiB.
-constexpr size_t kScratchBytes = 29 * 1024;
+constexpr size_t kScratchBytes = size_t{29} * 1024;
 constexpr size_t kScratchAlignment = 64;
 void* thread_scratch();
 
