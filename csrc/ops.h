@@ -40,6 +40,8 @@ struct LossOptions {
   OptionalTensor divisor = {};
 
   bool ignores() const { return ignore_index || ignore_nan; }
+  LossOptions& options() { return *this; }
+  const LossOptions& options() const { return *this; }
 
   template <class O>
   static auto tie(O& o) {

@@ -124,7 +124,7 @@ LinearGrads linear_derivatives(const LinearOperands& given, Wanted wanted,
   const Tensor input = o.input.to(type), weight = o.linear_weight.to(type);
   const Tensor bias = o.linear_bias ? o.linear_bias->to(type) : Tensor();
   Operands of_logits;
-  static_cast<LossOptions&>(of_logits) = o;
+  of_logits.options() = o.options();
   of_logits.logits = at::linear(input, weight, bias);
   of_logits.target = target_matrix(o);
   of_logits.weight = o.weight;

@@ -188,7 +188,7 @@ class LinearLossCall {
   // Leaves the gradient in the block of logits.
   void add_loss(const Tensor& block, const Tensor& target, Range rows, Range labels) {
     Operands o;
-    static_cast<LossOptions&>(o) = o_;
+    o.options() = o_.options();
     o.logits = block;
     o.target = target;
     o.weight = part_of(o_.weight, rows, labels);
