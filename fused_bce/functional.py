@@ -108,26 +108,27 @@ def binary_cross_entropy_with_logits(
         )
         if loss is not None:
             return loss
-    extras = Extras(label_smoothing, ignore_index, validate_targets, recompute)
+    pointwise_loss, why_not = BINARY_CROSS_ENTROPY, None
     if size_average is not None or reduce is not None:
-        return _evaluate_legacy(
-            input, target, weight, size_average, reduce, reduction, pos_weight, extras
-        )
+        pointwise_loss, reduction, why_not = _legacy(size_average, reduce, reduction)
     return evaluate(
-        BINARY_CROSS_ENTROPY,
+        pointwise_loss,
         input,
         target,
         weight,
         (pos_weight,),
         reduction,
-        extras,
+        Extras(label_smoothing, ignore_index, validate_targets, recompute),
         pos_weight=pos_weight,
+        why_not=why_not,
     )
 
 
-def _evaluate_legacy(
-    input, target, weight, size_average, reduce, reduction, pos_weight, extras: Extras
-) -> Tensor:
+def _legacy(
+    size_average: bool | None, reduce: bool | None, reduction: str
+) -> tuple[PointwiseLoss, str, str | None]:
+    """The loss, its reduction, and why it is not fused, for torch's deprecated arguments."""
+
     def operator(*arguments) -> Tensor:
         _reduction.legacy_get_string(size_average, reduce)  # for its warning
         return BINARY_CROSS_ENTROPY.operator(*arguments)
@@ -135,20 +136,10 @@ def _evaluate_legacy(
     def otherwise(*arguments) -> Tensor:
         return compute_in_torch(*arguments, size_average=size_average, reduce=reduce)
 
-    compiling = torch.compiler.is_compiling()
-    if not compiling:
-        reduction = _reduction.legacy_get_string(size_average, reduce, emit_warning=False)
-    return evaluate(
-        PointwiseLoss(operator, fallback=otherwise),
-        input,
-        target,
-        weight,
-        (pos_weight,),
-        reduction,
-        extras,
-        pos_weight=pos_weight,
-        why_not="size_average and reduce are not fused in compiled code" if compiling else None,
-    )
+    loss = PointwiseLoss(operator, fallback=otherwise)
+    if torch.compiler.is_compiling():
+        return loss, reduction, "size_average and reduce are not fused in compiled code"
+    return loss, _reduction.legacy_get_string(size_average, reduce, emit_warning=False), None
 
 
 def _scripted(
