@@ -15,8 +15,6 @@ from fused_bce.registrations import constant_in_graphs
 from fused_bce.sparse import SparseTarget, as_integer, is_fake, is_traced_by_proxies
 
 _MOST_IGNORED = 2**24  # float32 holds all integers up to there
-
-
 _SMOOTHING = "label_smoothing must lie in [0, 1)"
 
 

@@ -16,4 +16,4 @@ REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM, "batchmean": MEAN}
 
 def number_of_reduction(reduction: str) -> int:
     """Raises torch's error for an unknown one."""
-    return REDUCTIONS["batchmean"] if reduction == "batchmean" else _reduction.get_enum(reduction)
+    return MEAN if reduction == "batchmean" else _reduction.get_enum(reduction)
