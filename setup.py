@@ -225,7 +225,9 @@ def extension():
     check_ninja()
     options = {
         "name": "fused_bce._C",
-        "sources": [path for folder in ("", "head", "cpu") for path in sources(folder, ".cpp")],
+        "sources": [
+            path for folder in ("", "composite", "head", "cpu") for path in sources(folder, ".cpp")
+        ],
         "include_dirs": [pybind11.get_include()],
         "depends": [str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.*h")],
         "extra_compile_args": {"cxx": compile_args()},

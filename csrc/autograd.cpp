@@ -29,10 +29,10 @@ bool stores_grad(const Tensor& logits, bool recompute) {
 
 constexpr const char* kGradLogits = "grad_logits";
 
-// The autograd function of a loss
-template <class Function, class Loss_>
+// The autograd function of a loss. The name of the type Function is that of the node in a graph.
+template <class Function, class Formula>
 struct LossFunction : torch::autograd::Function<Function> {
-  using Loss = Loss_;
+  using Loss = Pointwise<Formula>;
 
   // Its inputs are those that can be differentiated; they are among the operands, too.
   static Tensor forward(AutogradContext* ctx, const Tensor&, const Tensor&, const Operands& given) {
@@ -81,10 +81,24 @@ struct LossFunction : torch::autograd::Function<Function> {
   friend Function;
 };
 
-// Types of their own, for their names are those of the nodes in a graph.
-struct BCEWithLogitsFunction : LossFunction<BCEWithLogitsFunction, Pointwise<BinaryCrossEntropy>> {
+template <class Formula>
+struct PointwiseFunction : LossFunction<PointwiseFunction<Formula>, Formula> {};
+struct BCEWithLogitsFunction : LossFunction<BCEWithLogitsFunction, BinaryCrossEntropy> {};
+struct SigmoidFocalFunction : LossFunction<SigmoidFocalFunction, SigmoidFocal> {};
+
+template <class Formula>
+struct FunctionOf {
+  using type = PointwiseFunction<Formula>;
 };
-struct SigmoidFocalFunction : LossFunction<SigmoidFocalFunction, Pointwise<SigmoidFocal>> {};
+// Their nodes have had these names since they were documented.
+template <>
+struct FunctionOf<BinaryCrossEntropy> {
+  using type = BCEWithLogitsFunction;
+};
+template <>
+struct FunctionOf<SigmoidFocal> {
+  using type = SigmoidFocalFunction;
+};
 
 void check_not_differentiated(const char* function, const char* name, const OptionalTensor& t) {
   TORCH_CHECK(!t || !t->requires_grad(), "The function '", function,
@@ -92,9 +106,9 @@ void check_not_differentiated(const char* function, const char* name, const Opti
               "'. This input cannot have requires_grad True.");
 }
 
-template <class Function>
+template <class Formula>
 Tensor autograd(const Operands& o) {
-  using Loss = typename Function::Loss;
+  using Loss = Pointwise<Formula>;
   TORCH_CHECK_NOT_IMPLEMENTED(
       !has_tangent(o.logits) && !has_tangent(o.target),
       "fused_bce has no forward-mode derivative; fused_bce.functional leaves it to torch");
@@ -103,24 +117,20 @@ Tensor autograd(const Operands& o) {
     check_not_differentiated(Loss::kName, "pos_weight", o.pos_weight);
     check_not_differentiated(Loss::kName, "label_smoothing", o.label_smoothing);
     if (o.logits.requires_grad() || o.target.requires_grad())
-      return Function::apply(o.logits, o.target, o);
+      return FunctionOf<Formula>::type::apply(o.logits, o.target, o);
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   return call_loss<Loss>(o);
 }
 
-template <class Function>
-void implement(torch::Library& library) {
-  using Loss = typename Function::Loss;
-  library.impl(Loss::kName, kKernel<Loss, autograd<Function>>);
+template <class... Formula>
+void implement(torch::Library& library, FormulaList<Formula...>) {
+  (library.impl(Formula::kName, kKernel<Pointwise<Formula>, autograd<Formula>>), ...);
 }
 
 }  // namespace
 
-void register_autograd(torch::Library& library) {
-  implement<BCEWithLogitsFunction>(library);
-  implement<SigmoidFocalFunction>(library);
-}
+void register_autograd(torch::Library& library) { implement(library, Formulas()); }
 
 Tensor differentiable_backward(const Operands& operands, const Tensor& grad_loss) {
   return grad_of_logits(grad_loss, with_divisor(operands));

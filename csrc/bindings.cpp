@@ -60,6 +60,20 @@ std::vector<std::string> dtype_names() {
   return names;
 }
 
+// Of each pointwise loss: its name, whether it takes a pos_weight, and of each number of its own
+// the name and what the kernels take.
+template <class... Formula>
+py::list losses(fused_bce::FormulaList<Formula...>) {
+  py::list all;
+  const auto add = [&](const char* name, bool takes_pos_weight, const auto& parameters) {
+    py::list own;
+    for (const auto& p : parameters) own.append(py::make_tuple(p.name, p.least, p.most, p.other));
+    all.append(py::make_tuple(name, takes_pos_weight, own));
+  };
+  (add(Formula::kName, Formula::kTakesPosWeight, Formula::kParameters), ...);
+  return all;
+}
+
 }  // namespace
 
 // Nothing here relies on the interpreter's lock: what is shared is atomic, behind a mutex or never
@@ -69,6 +83,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   fused_bce::register_ops();
   m.def("build_info", &build_info);
   m.def("dtypes", &dtype_names);
+  m.def("losses", [] { return losses(fused_bce::Formulas()); });
   m.def("instruction_sets", &instruction_set_names);
   m.def("current_instruction_set", [] { return fused_bce::current_instruction_set().name; });
   m.def("use_instruction_set", &fused_bce::use_instruction_set, py::arg("name"));

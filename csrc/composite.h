@@ -2,12 +2,16 @@
 // batchable and traceable.
 #pragma once
 
+#include <array>
+
 #include "ops.h"
 
 namespace fused_bce {
 
-// The tensors take the place of the formula's parameters, in their order: they are learnable, one
-// for each element, or change from call to call in compiled code.
+// In the place of a formula's parameters, in their order: learnable ones, one for each element, or
+// those that change from call to call in compiled code.
+using ParameterTensors = std::array<OptionalTensor, kMostParameters>;
+
 at::Tensor composite_loss(const Operands& operands, const OptionalTensor& first,
                           const OptionalTensor& second, const OptionalTensor& third,
                           const OptionalTensor& fourth);

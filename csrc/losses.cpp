@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <span>
 #include <tuple>
 
 #include "device.h"
@@ -40,18 +41,15 @@ void check_operands(const Operands& o) {
     check_broadcasts_into(logits, at::infer_size_dimvector(logits.sizes(), o.weight->sizes()));
 }
 
-// Beyond a gamma of 1e6 nothing is left of any loss, and products with it might overflow.
 void check_parameters(const Operands& o) {
-  if (o.formula != kFormulaId<SigmoidFocal>) return;
-  const auto [alpha, gamma, gamma_neg, none] = o.parameters;
-  TORCH_CHECK_VALUE(alpha == -1 || (0 <= alpha && alpha <= 1),
-                    "alpha must lie in [0, 1] or be -1, not ", alpha);
-  const auto check_exponent = [](const char* name, double exponent) {
-    TORCH_CHECK_VALUE(0 <= exponent && exponent <= 1e6, name, " must lie in [0, 1e6], not be ",
-                      exponent);
-  };
-  check_exponent("gamma", gamma);
-  check_exponent("gamma_neg", gamma_neg);
+  const auto table = with_formula_at(o.formula, [](auto formula) {
+    return std::span<const Parameter>(decltype(formula)::type::kParameters);
+  });
+  for (size_t i = 0; i < table.size(); ++i) {
+    const Parameter& p = table[i];
+    TORCH_CHECK_VALUE(p.takes(o.parameters[i]), p.name, " must lie in [", p.least, ", ", p.most,
+                      "] or be ", p.other, ", not ", o.parameters[i]);
+  }
 }
 
 // Compared in float32, which holds all integers up to there.

@@ -88,21 +88,24 @@ struct Pointwise {
     return std::string("_") + kName + "_differentiable_backward";
   }
 
-  // For each parameter: see composite_loss.
+  // See ParameterTensors.
   static constexpr const char* kParameterTensors =
       "Tensor? first, Tensor? second, Tensor? third, Tensor? fourth, ";
 
   static std::string schema() {
-    const std::string pos_weight = Formula::kTakesPosWeight ? "Tensor? pos_weight=None, " : "";
-    return "Tensor logits, Tensor target, Tensor? weight=None, " + pos_weight +
-           Formula::kSchemaOfParameters + LossOptions::kSchema + ", bool recompute=False";
+    std::string own = Formula::kTakesPosWeight ? "Tensor? pos_weight=None, " : "";
+    for (const Parameter& parameter : Formula::kParameters)
+      own += std::string("float ") + parameter.name + "=" + parameter.preset + ", ";
+    return "Tensor logits, Tensor target, Tensor? weight=None, " + own + LossOptions::kSchema +
+           ", bool recompute=False";
   }
 
   template <class O>
   static auto tie(O& o) {
-    return std::tuple_cat(std::tie(o.logits, o.target, o.weight), tie_pos_weight(o),
-                          tie_parameters(o, std::make_index_sequence<Formula::kNumParameters>()),
-                          LossOptions::tie(o), std::tie(o.recompute));
+    return std::tuple_cat(
+        std::tie(o.logits, o.target, o.weight), tie_pos_weight(o),
+        tie_parameters(o, std::make_index_sequence<Formula::kParameters.size()>()),
+        LossOptions::tie(o), std::tie(o.recompute));
   }
 
   static Operands empty() {

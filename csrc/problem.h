@@ -1,6 +1,8 @@
 // A checked call, as plain data: the bridge from losses.cpp to the backends.
 #pragma once
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 
@@ -24,7 +26,27 @@ struct Broadcast {
   int64_t stride = 0;
 };
 
-// The numbers that a formula has of its own, in the order of its schema: formulas/formulas.h.
+// A number that a formula has of its own. The kernels take it in [least, most], or equal to other.
+struct Parameter {
+  const char* name;
+  const char* preset;  // where a call leaves it out
+  double least, most;
+  double other = least;
+
+  constexpr bool takes(double value) const {
+    return (least <= value && value <= most) || value == other;
+  }
+};
+
+// Beyond 1e6 nothing is left of any loss, and products with it might overflow.
+constexpr Parameter exponent(const char* name, const char* preset) {
+  return {name, preset, 0, 1e6};
+}
+
+template <size_t number>
+using ParameterTable = std::array<Parameter, number>;
+
+// Their values, in the order of the table
 constexpr int kMostParameters = 4;
 using Parameters = double[kMostParameters];
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fused_bce.dtypes import FLOATS
-from fused_bce.fallback import is_ignored
 from fused_bce.registrations import constant_in_graphs
 from fused_bce.sparse import SparseTarget, as_integer, is_fake, is_traced_by_proxies
 
@@ -62,22 +61,6 @@ def _check_label_smoothing_in_graph(label_smoothing: float) -> None:
     """A number that the graph itself computes is checked when it runs."""
     torch._check_value(label_smoothing >= 0.0, lambda: _SMOOTHING)
     torch._check_value(label_smoothing < 1.0, lambda: _SMOOTHING)
-
-
-def check_focal_numbers(alpha: float, gamma: float, gamma_neg: float | None) -> None:
-    if isinstance(alpha, Tensor) or isinstance(gamma, Tensor) or isinstance(gamma_neg, Tensor):
-        raise TypeError("alpha, gamma and gamma_neg must be numbers, not tensors")
-    if not 0.0 <= alpha <= 1.0 and alpha != -1.0:
-        raise ValueError(f"alpha must lie in [0, 1] or be -1, not {alpha}")
-    _check_exponent("gamma", gamma)
-    if gamma_neg is not None:
-        _check_exponent("gamma_neg", gamma_neg)
-
-
-def _check_exponent(name: str, gamma: float) -> None:
-    # Beyond, nothing is left of any loss.
-    if not 0.0 <= gamma <= 1e6:
-        raise ValueError(f"{name} must lie in [0, 1e6], not be {gamma}")
 
 
 def check_ignore_index(ignore_index: object, target: Tensor | None) -> int | float:
@@ -317,6 +300,10 @@ def _all_valid(target: Tensor, ignore_index: int | float | None) -> Tensor:
 def is_invalid(target: Tensor, ignore_index: int | float | None) -> Tensor:
     invalid = ~((target >= 0) & (target <= 1))
     return invalid if ignore_index is None else invalid & ~is_ignored(target, ignore_index)
+
+
+def is_ignored(target: Tensor, ignore_index: int | float) -> Tensor:
+    return target.isnan() if isinstance(ignore_index, float) else target == ignore_index
 
 
 def _numbers_of(target: Tensor) -> Tensor:

@@ -1,21 +1,21 @@
-"""What computes binary cross entropy with logits: the operator, or torch's own function."""
+"""Binary cross entropy with logits as a pointwise loss, which torch's own function computes where
+the kernels do not cover a call that torch knows."""
 
-import torch
 from torch import Tensor
-from torch.nn import _reduction
 from torch.nn.functional import binary_cross_entropy_with_logits as torch_bce
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fused_bce import fallback
 from fused_bce.coverage import has_integers
-from fused_bce.pointwise import PointwiseLoss
+from fused_bce.pointwise import PointwiseLoss, compute_composite, find_loss
 
 
 def compute_in_torch(
+    loss: PointwiseLoss,
     input,
     target,
     weight,
     pos_weight,
+    numbers,
     reduction,
     smoothing,
     ignore_index,
@@ -23,20 +23,29 @@ def compute_in_torch(
     size_average=None,
     reduce=None,
 ) -> Tensor:
-    """Torch's own function, and around it what this package takes beyond."""
-    plain = smoothing is None and ignore_index is None and reduction != "batchmean"
-    if plain and not has_integers(target):
+    """Torch's own function, or the composite formula for what this package takes beyond it."""
+    if (
+        smoothing is None
+        and ignore_index is None
+        and reduction != "batchmean"
+        and not has_integers(target)
+    ):
         return _torch(input, target, weight, size_average, reduce, reduction, pos_weight)
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
-    return fallback.binary_cross_entropy_with_logits(
-        input, target, weight, pos_weight, reduction, smoothing, ignore_index
+    return compute_composite(
+        loss,
+        input,
+        target,
+        weight,
+        pos_weight,
+        numbers,
+        reduction,
+        smoothing,
+        ignore_index,
+        dtype=(input if has_integers(target) else target).dtype,
     )
 
 
-BINARY_CROSS_ENTROPY = PointwiseLoss(
-    torch.ops.fused_bce.binary_cross_entropy_with_logits.default, fallback=compute_in_torch
-)
+BINARY_CROSS_ENTROPY = find_loss("binary_cross_entropy_with_logits", compute_in_torch)
 
 
 def _torch(input, target, weight, size_average, reduce, reduction, pos_weight):

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fused_bce.fallback import is_ignored
+from fused_bce import _C
+from fused_bce.checks import is_ignored
 from fused_bce.registrations import call_composite, ops
 from fused_bce.sparse import SparseTarget
 
@@ -65,8 +66,7 @@ def _lower_pointwise(name: str) -> Callable:
 
 
 _KINDS = ("composite", "with_grad", "backward", "differentiable_backward")
-_loss = _lower_pointwise("binary_cross_entropy_with_logits")
-_lower_pointwise("sigmoid_focal_loss")
+_lowered = {name: _lower_pointwise(name) for name, *_ in _C.losses()}
 
 
 @_lowers(ops.linear_binary_cross_entropy_with_logits.default)
@@ -94,7 +94,9 @@ def _linear_loss(
         target = rows.to_dense_unchecked()
     if target.is_floating_point():
         wide = torch.promote_types(wide, target.dtype)
-    return _loss(logits, target, weight, pos_weight, reduction, wide, *extras[:4], **named)
+    return _lowered["binary_cross_entropy_with_logits"](
+        logits, target, weight, pos_weight, reduction, wide, *extras[:4], **named
+    )
 
 
 @_lowers(ops._linear_binary_cross_entropy_with_grads.default)

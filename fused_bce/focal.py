@@ -1,7 +1,5 @@
 """The sigmoid focal loss, as a function and as a module."""
 
-import functools
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -9,22 +7,13 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.modules.loss import _WeightedLoss
 
-from fused_bce.checks import (
-    check_focal_numbers,
-    check_label_smoothing,
-    check_options,
-    check_reduction,
-    is_invalid,
-)
-from fused_bce.dtypes import REDUCTIONS, SUM
-from fused_bce.fallback import smoothing_tensor, with_autocast
-from fused_bce.pointwise import Extras, PointwiseLoss, evaluate
-from fused_bce.registrations import call_composite, ops, record_call
-from fused_bce.scalars import index_or_nan, scalar_operand
+from fused_bce.checks import check_reduction
+from fused_bce.dtypes import REDUCTIONS
+from fused_bce.extras import Extras, HasExtras
+from fused_bce.pointwise import evaluate, find_loss, scripted_options
+from fused_bce.registrations import record_call
+from fused_bce.scalars import is_constant, scalar_operand
 from fused_bce.sparse import SparseTarget
-
-# Of the kernels; beyond, nothing is left of any loss.
-_LARGEST_EXPONENT = 1e6
 
 
 def sigmoid_focal_loss(
@@ -98,89 +87,32 @@ def sigmoid_focal_loss(
     if isinstance(inputs, Proxy) or isinstance(targets, Proxy):
         return record_call(sigmoid_focal_loss, locals())
     check_reduction(reduction, tuple(REDUCTIONS))
-    gamma_neg = gamma if gamma_neg is None else gamma_neg
-    why_not = _why_not_numbers(alpha, gamma, gamma_neg)
-    if why_not is None and not alpha >= 0:
+    if not isinstance(alpha, Tensor) and is_constant(alpha) and not alpha >= 0:
         alpha = -1.0
+    gamma_neg = _exponent_of_negatives(gamma, gamma_neg, inputs)
     return evaluate(
         _LOSS,
         inputs,
         targets,
         weight,
+        None,
         (alpha, gamma, gamma_neg),
         reduction,
         Extras(label_smoothing, ignore_index, validate_targets, recompute),
-        why_not=why_not,
     )
 
 
-def _why_not_numbers(alpha, gamma, gamma_neg) -> str | None:
-    """Why the kernels, of which these numbers choose one, do not take them."""
-    for name, number in (("alpha", alpha), ("gamma", gamma), ("gamma_neg", gamma_neg)):
-        if isinstance(number, Tensor):
-            return f"{name} is a tensor"
-        if not _is_constant(number):
-            return f"{name} varies in compiled code"
-        if (number > 1) if name == "alpha" else not 0 <= number <= _LARGEST_EXPONENT:
-            return f"{name} is out of the range of the kernels"
-    return None
+def _exponent_of_negatives(gamma, gamma_neg, inputs: Tensor):
+    """As the operators take it: a tensor in the place of gamma alone stands for both."""
+    is_number = not isinstance(gamma, Tensor) and is_constant(gamma)
+    if gamma_neg is None or gamma_neg is gamma:
+        return gamma if is_number else 0.0
+    if is_number or isinstance(gamma_neg, Tensor) or not isinstance(inputs, Tensor):
+        return gamma_neg
+    return scalar_operand(gamma_neg, inputs)
 
 
-def _is_constant(number: float) -> bool:
-    """Whether an operator may take it: compiled code must be guarded by it."""
-    if not torch.compiler.is_compiling():
-        return True
-    # Imported here, as in scalars.py.
-    from torch.fx.experimental.symbolic_shapes import has_static_value
-
-    return has_static_value(number)
-
-
-def _compute_composite(
-    inputs, targets, weight, alpha, gamma, gamma_neg, reduction, smoothing, ignore_index
-) -> Tensor:
-    for name, value in (("inputs", inputs), ("targets", targets), ("weight", weight)):
-        if not isinstance(value, Tensor) and not (name == "weight" and value is None):
-            raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
-    dtype = with_autocast(torch.promote_types(inputs.dtype, targets.dtype), inputs)
-    for number in (alpha, gamma, gamma_neg):
-        if isinstance(number, Tensor) and number.dim() > 0:
-            dtype = torch.promote_types(dtype, number.dtype)
-    same = gamma_neg is gamma
-    alpha, alphas = _split_number(alpha, inputs)
-    gamma, gammas = _split_number(gamma, inputs)
-    gamma_neg, gammas_neg = (gamma, None) if same else _split_number(gamma_neg, inputs)
-    if not same and gammas is not None and gammas_neg is None:
-        gammas_neg = scalar_operand(gamma_neg, inputs)
-    by_size = reduction == "batchmean"
-    op = ops._sigmoid_focal_loss_composite.default
-    compute: Callable[..., Tensor] = op
-    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
-        compute = functools.partial(call_composite, op)
-    loss = compute(
-        *(alphas, gammas, gammas_neg, None),
-        inputs,
-        targets,
-        weight,
-        alpha,
-        gamma,
-        gamma_neg,
-        SUM if by_size else REDUCTIONS[reduction],
-        torch.promote_types(dtype, torch.float32) if by_size else dtype,
-        smoothing,
-        *index_or_nan(ignore_index),
-    )
-    return (loss / inputs.size(0)).to(dtype) if by_size else loss
-
-
-def _split_number(number, beside: Tensor) -> tuple[float, Tensor | None]:
-    """As the composite operator takes it: the tensor, if there is one, counts."""
-    if isinstance(number, Tensor):
-        return 0.0, number
-    return (number, None) if _is_constant(number) else (0.0, scalar_operand(number, beside))
-
-
-_LOSS = PointwiseLoss(ops.sigmoid_focal_loss.default, fallback=_compute_composite)
+_LOSS = find_loss("sigmoid_focal_loss")
 
 
 def _scripted(
@@ -198,18 +130,10 @@ def _scripted(
 ) -> Tensor:
     """What torch.jit.script compiles in its place, without keyword-only arguments, which it cannot
     compile."""
-    check_label_smoothing(label_smoothing)
-    if reduction not in ["none", "mean", "sum", "batchmean"]:
-        raise ValueError("reduction must be none, mean, sum or batchmean")
-    if validate_targets and bool(is_invalid(targets, ignore_index).any()):
-        raise ValueError("a target lies outside [0, 1]")
-    smoothing = smoothing_tensor(label_smoothing)
-    index: int | None = None
-    if isinstance(ignore_index, int):
-        index = ignore_index
-    dtype = torch.promote_types(inputs.dtype, targets.dtype)
-    by_size = reduction == "batchmean"
-    loss = torch.ops.fused_bce._sigmoid_focal_loss_composite(
+    number, smoothing, index, ignores_nan, divisor = scripted_options(
+        inputs, targets, reduction, label_smoothing, ignore_index, validate_targets
+    )
+    return torch.ops.fused_bce._sigmoid_focal_loss_composite(
         None,
         None,
         None,
@@ -220,13 +144,13 @@ def _scripted(
         _as_float(alpha),
         _as_float(gamma),
         _as_float(gamma if gamma_neg is None else gamma_neg),
-        2 if by_size else ["none", "mean", "sum"].index(reduction),
-        torch.promote_types(dtype, torch.float32) if by_size else dtype,
+        number,
+        torch.promote_types(inputs.dtype, targets.dtype),
         smoothing,
         index,
-        isinstance(ignore_index, float),
+        ignores_nan,
+        divisor,
     )
-    return (loss / inputs.size(0)).to(dtype) if by_size else loss
 
 
 def _as_float(number: int | float) -> float:
@@ -236,7 +160,7 @@ def _as_float(number: int | float) -> float:
 sigmoid_focal_loss.__prepare_scriptable__ = lambda: _scripted  # type: ignore[attr-defined]
 
 
-class SigmoidFocalLoss(_WeightedLoss):
+class SigmoidFocalLoss(HasExtras, _WeightedLoss):
     """The focal loss of dense detection, computed with its gradient in one pass: the module of
     :func:`fused_bce.functional.sigmoid_focal_loss`.
 
@@ -260,16 +184,7 @@ class SigmoidFocalLoss(_WeightedLoss):
         tensor(0.0039)
     """
 
-    __constants__: ClassVar = [
-        "alpha",
-        "gamma",
-        "gamma_neg",
-        "ignore_index",
-        "label_smoothing",
-        "recompute",
-        "reduction",
-        "validate_targets",
-    ]
+    __constants__: ClassVar = [*HasExtras.__constants__, "alpha", "gamma", "gamma_neg"]
 
     def __init__(
         self,
@@ -286,28 +201,18 @@ class SigmoidFocalLoss(_WeightedLoss):
     ):
         super().__init__(weight, reduction=reduction)
         # Before a parameter that was to be trained would become a number
-        check_focal_numbers(alpha, gamma, gamma_neg)
+        for parameter, number in zip(_LOSS.parameters, (alpha, gamma, gamma_neg), strict=True):
+            if number is not None:
+                parameter.check(number)
         check_reduction(reduction, tuple(REDUCTIONS))
         # As torch.jit.script has them
         self.alpha = float(alpha)
         self.gamma = float(gamma)
         self.gamma_neg = None if gamma_neg is None else float(gamma_neg)
-        self.label_smoothing = float(label_smoothing)
-        self.ignore_index = check_options(label_smoothing, ignore_index)
-        self.validate_targets = bool(validate_targets)
-        self.recompute = bool(recompute)
+        self._set_extras(Extras(label_smoothing, ignore_index, validate_targets, recompute))
 
     def extra_repr(self) -> str:
-        defaults = {
-            "gamma_neg": None,
-            "label_smoothing": 0.0,
-            "ignore_index": None,
-            "validate_targets": False,
-            "recompute": False,
-        }
-        names = ["alpha", "gamma", "reduction"]
-        names += [n for n, default in defaults.items() if getattr(self, n) != default]
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return self._describe(("alpha", "gamma", "reduction"), gamma_neg=None)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return sigmoid_focal_loss(

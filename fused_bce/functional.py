@@ -1,18 +1,20 @@
 """The losses as functions."""
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.fx import Proxy
 from torch.nn import _reduction
 from torch.nn.functional import binary_cross_entropy_with_logits as torch_bce
 
-from fused_bce import _C, fallback
-from fused_bce.checks import check_label_smoothing, is_invalid
+from fused_bce import _C
 from fused_bce.cross_entropy import BINARY_CROSS_ENTROPY, compute_in_torch
+from fused_bce.extras import Extras
 from fused_bce.focal import sigmoid_focal_loss
 from fused_bce.head import linear_binary_cross_entropy_with_logits
 from fused_bce.pairwise import pairwise_sigmoid_loss
-from fused_bce.pointwise import Extras, PointwiseLoss, evaluate
+from fused_bce.pointwise import PointwiseLoss, evaluate, scripted_options
 from fused_bce.registrations import record_call
 from fused_bce.sparse import SparseTarget
 
@@ -116,10 +118,10 @@ def binary_cross_entropy_with_logits(
         input,
         target,
         weight,
-        (pos_weight,),
+        pos_weight,
+        (),
         reduction,
         Extras(label_smoothing, ignore_index, validate_targets, recompute),
-        pos_weight=pos_weight,
         why_not=why_not,
     )
 
@@ -133,10 +135,8 @@ def _legacy(
         _reduction.legacy_get_string(size_average, reduce)  # for its warning
         return BINARY_CROSS_ENTROPY.operator(*arguments)
 
-    def otherwise(*arguments) -> Tensor:
-        return compute_in_torch(*arguments, size_average=size_average, reduce=reduce)
-
-    loss = PointwiseLoss(operator, fallback=otherwise)
+    fallback = functools.partial(compute_in_torch, size_average=size_average, reduce=reduce)
+    loss = BINARY_CROSS_ENTROPY._replace(operator=operator, fallback=fallback)
     if torch.compiler.is_compiling():
         return loss, reduction, "size_average and reduce are not fused in compiled code"
     return loss, _reduction.legacy_get_string(size_average, reduce, emit_warning=False), None
@@ -157,15 +157,29 @@ def _scripted(
 ) -> Tensor:
     """What torch.jit.script compiles in its place, without keyword-only arguments, which it cannot
     compile."""
-    if validate_targets and bool(is_invalid(target, ignore_index).any()):
-        raise ValueError("a target lies outside [0, 1]")
-    plain = label_smoothing == 0.0 and ignore_index is None and reduction != "batchmean"
-    if plain and target.is_floating_point():
-        return torch_bce(input, target, weight, size_average, reduce, reduction, pos_weight)
-    check_label_smoothing(label_smoothing)
-    smoothing = fallback.smoothing_tensor(label_smoothing)
-    return fallback.binary_cross_entropy_with_logits(
-        input, target, weight, pos_weight, reduction, smoothing, ignore_index
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    number, smoothing, index, ignores_nan, divisor = scripted_options(
+        input, target, reduction, label_smoothing, ignore_index, validate_targets
+    )
+    has_floats = target.is_floating_point()
+    if has_floats and smoothing is None and ignore_index is None and divisor is None:
+        return torch_bce(input, target, weight, None, None, reduction, pos_weight)
+    return torch.ops.fused_bce._binary_cross_entropy_with_logits_composite(
+        None,
+        None,
+        None,
+        None,
+        input,
+        target,
+        weight,
+        pos_weight,
+        number,
+        target.dtype if has_floats else input.dtype,
+        smoothing,
+        index,
+        ignores_nan,
+        divisor,
     )
 
 

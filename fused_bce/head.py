@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.modules.module import _global_forward_hooks
 
-from fused_bce import fallback
 from fused_bce.checks import (
     check_chunk_bytes,
     check_label_smoothing,
@@ -20,9 +19,10 @@ from fused_bce.checks import (
     check_target_values,
 )
 from fused_bce.coverage import are_shards, log_once, why_not_linear
-from fused_bce.cross_entropy import BINARY_CROSS_ENTROPY
+from fused_bce.cross_entropy import BINARY_CROSS_ENTROPY, compute_in_torch
+from fused_bce.extras import Extras
 from fused_bce.linear_operator import linear_loss, operator_arguments
-from fused_bce.pointwise import Extras, evaluate
+from fused_bce.pointwise import evaluate
 from fused_bce.registrations import record_call
 from fused_bce.scalars import smoothing_operand
 from fused_bce.sparse import SparseTarget, as_sparse
@@ -145,9 +145,12 @@ def on_whole_logits(input, linear_weight, target, options) -> Tensor:
     rows = input if input.dim() > 1 else input[None]
     logits = F.linear(rows.flatten(0, -2), linear_weight, options["linear_bias"])
 
-    def compute(*operands, label_smoothing: float, **rest) -> Tensor:
-        rest["smoothing"] = smoothing_operand(label_smoothing, linear_weight)
-        return fallback.binary_cross_entropy_with_logits(*operands, **rest)
+    def compute(logits, target, *, weight, pos_weight, reduction, label_smoothing, ignore_index):
+        smoothing = smoothing_operand(label_smoothing, linear_weight)
+        loss = BINARY_CROSS_ENTROPY
+        return compute_in_torch(
+            loss, logits, target, weight, pos_weight, (), reduction, smoothing, ignore_index
+        )
 
     return _compute_from_logits(compute, logits, target, options, rows.size(0))
 
@@ -226,11 +229,8 @@ def _loss_of_logits(logits, target, *, validate_targets, **options) -> Tensor:
     rows = logits if logits.dim() > 1 else logits[None]
 
     def compute(logits, target, *, weight, pos_weight, reduction, **extras) -> Tensor:
-        own = (pos_weight,)
         loss = BINARY_CROSS_ENTROPY
-        return evaluate(
-            loss, logits, target, weight, own, reduction, Extras(**extras), pos_weight=pos_weight
-        )
+        return evaluate(loss, logits, target, weight, pos_weight, (), reduction, Extras(**extras))
 
     return _compute_from_logits(compute, rows.flatten(0, -2), target, options, rows.size(0))
 

@@ -1,16 +1,14 @@
 """The loss as a module."""
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from fused_bce.checks import check_options
+from fused_bce.extras import Extras, HasExtras
 from fused_bce.functional import binary_cross_entropy_with_logits
 
 
-class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
+class BCEWithLogitsLoss(HasExtras, torch.nn.BCEWithLogitsLoss):
     """Binary cross entropy between logits and targets: a drop-in for
     :class:`torch.nn.BCEWithLogitsLoss`, computed with its gradient in one pass.
 
@@ -47,20 +45,6 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
         tensor(0.2014)
     """
 
-    __constants__: ClassVar = [
-        "ignore_index",
-        "label_smoothing",
-        "recompute",
-        "reduction",
-        "validate_targets",
-    ]
-
-    # Of instances that this constructor has not made: converted, or pickled by an older version.
-    label_smoothing: float = 0.0
-    ignore_index: int | float | None = None
-    validate_targets: bool = False
-    recompute: bool = False
-
     def __init__(
         self,
         weight: Tensor | None = None,
@@ -75,15 +59,10 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
         recompute: bool = False,
     ):
         super().__init__(weight, size_average, reduce, reduction, pos_weight)
-        self.label_smoothing = label_smoothing
-        self.ignore_index = check_options(label_smoothing, ignore_index)
-        self.validate_targets = validate_targets
-        self.recompute = recompute
+        self._set_extras(Extras(label_smoothing, ignore_index, validate_targets, recompute))
 
     def extra_repr(self) -> str:
-        names = ("label_smoothing", "ignore_index", "validate_targets", "recompute")
-        given = {n: getattr(self, n) for n in names if getattr(self, n) != getattr(type(self), n)}
-        return ", ".join(f"{name}={value}" for name, value in given.items())
+        return self._describe()
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         if torch.jit.is_scripting():

@@ -1,40 +1,94 @@
 """A call of any pointwise loss: its checks, whether the kernels cover it, what computes it."""
 
+import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_bce.checks import check_ignore_index_of_rows, check_target_values
+from fused_bce import _C
+from fused_bce.checks import (
+    check_ignore_index_of_rows,
+    check_label_smoothing,
+    check_target_values,
+    is_invalid,
+)
 from fused_bce.coverage import log_once, why_not_dense
 from fused_bce.dtypes import number_of_reduction
+from fused_bce.extras import Extras
+from fused_bce.registrations import call_composite, ops
 from fused_bce.scalars import (
     batch_size_operand,
     divisor_operand,
     index_or_nan,
+    is_constant,
+    scalar_operand,
     smoothing_operand,
 )
 from fused_bce.sparse import SparseTarget, as_sparse
 
 
-class Extras(NamedTuple):
-    """What every loss takes beyond torch's: see functional.binary_cross_entropy_with_logits."""
+class Parameter(NamedTuple):
+    """A number that a loss has of its own: csrc/problem.h."""
 
-    label_smoothing: float = 0.0
-    ignore_index: int | float | None = None
-    validate_targets: bool = False
-    recompute: bool = False
+    name: str
+    least: float
+    most: float
+    other: float
+
+    def why_not(self, number: float | Tensor) -> str | None:
+        """Why the kernels do not take it."""
+        if isinstance(number, Tensor):
+            return f"{self.name} is a tensor"
+        if not is_constant(number):
+            return f"{self.name} varies in compiled code"
+        if not self.least <= number <= self.most and number != self.other:
+            return f"{self.name} is out of the range of the kernels"
+        return None
+
+    def check(self, number: float) -> None:
+        """For the constructors of modules."""
+        if isinstance(number, Tensor):
+            raise TypeError(f"{self.name} must be a number, not a tensor")
+        if not self.least <= number <= self.most and number != self.other:
+            has_other = self.other != self.least
+            not_be = f" or be {self.other:g}, not" if has_other else ", not be"
+            most = f"{self.most:g}".replace("e+0", "e")
+            raise ValueError(f"{self.name} must lie in [{self.least:g}, {most}]{not_be} {number}")
 
 
 class PointwiseLoss(NamedTuple):
-    """What computes a loss."""
+    """A loss of single elements: what computes it, and what it takes of its own.
 
-    # Takes logits, target, weight, the loss's own arguments, and what all losses take.
+    Its operators take the logits, the target, the weight, its own arguments, which are a pos_weight
+    or none and its parameters, and what all losses take.
+    """
+
     operator: Callable[..., Tensor]
-    # Computes calls that the kernels do not cover: takes logits, target, weight, the loss's own
-    # arguments, the name of the reduction, the smoothing as a tensor, and ignore_index.
+    composite: torch._ops.OpOverload
+    takes_pos_weight: bool
+    parameters: tuple[Parameter, ...]
+    # Computes calls that the kernels do not cover: see compute_composite.
     fallback: Callable[..., Tensor]
+
+    def own(self, pos_weight: Tensor | None, numbers: tuple) -> tuple:
+        return (pos_weight, *numbers) if self.takes_pos_weight else numbers
+
+
+def find_loss(name: str, fallback: Callable[..., Tensor] | None = None) -> PointwiseLoss:
+    """The loss of csrc/formulas that is called so."""
+    for found, takes_pos_weight, parameters in _C.losses():
+        if found == name:
+            return PointwiseLoss(
+                getattr(ops, name).default,
+                getattr(ops, f"_{name}_composite").default,
+                takes_pos_weight,
+                tuple(Parameter(*p) for p in parameters),
+                fallback or compute_composite,
+            )
+    raise LookupError(name)
 
 
 def evaluate(
@@ -42,19 +96,18 @@ def evaluate(
     input: Tensor,
     target: Tensor | SparseTarget,
     weight: Tensor | None,
-    own: tuple,
+    pos_weight: Tensor | None,
+    numbers: tuple,
     reduction: str,
     extras: Extras,
     *,
-    pos_weight: Tensor | None = None,
     why_not: str | None = None,
 ) -> Tensor:
     """The loss of a call, whose arguments are checked here.
 
     Args:
-        own: the loss's own arguments, in the order of its operator.
-        pos_weight: among them, for the decision whether the kernels cover the call.
-        why_not: a reason of the loss's own why they do not.
+        numbers: for the loss's parameters, in their order.
+        why_not: a reason of the loss's own why the kernels do not cover the call.
     """
     label_smoothing, ignore_index, validate_targets, recompute = extras
     if isinstance(target, SparseTarget):
@@ -65,11 +118,14 @@ def evaluate(
         reason = why_not_dense(input, target, weight, pos_weight)
     ignore_index = check_target_values(target, ignore_index, validate_targets)
     smoothing = smoothing_operand(label_smoothing, input)
-    reason = reason or why_not
+    reason = reason or why_not or _why_not_numbers(loss, numbers)
     if reason is not None:
         if not torch.compiler.is_compiling():
             log_once(reason)
-        return loss.fallback(input, target, weight, *own, reduction, smoothing, ignore_index)
+        return loss.fallback(
+            loss, input, target, weight, pos_weight, numbers, reduction, smoothing, ignore_index
+        )
+    own = loss.own(pos_weight, numbers)
     number = number_of_reduction(reduction)
     if reduction == "batchmean":
         divisor: Tensor | None = batch_size_operand(input)
@@ -92,6 +148,100 @@ def evaluate(
     )
 
 
+def _why_not_numbers(loss: PointwiseLoss, numbers: tuple) -> str | None:
+    for parameter, number in zip(loss.parameters, numbers, strict=True):
+        if (reason := parameter.why_not(number)) is not None:
+            return reason
+    return None
+
+
 def _make_dense(target: SparseTarget, ignore_index: int | float | None) -> Tensor:
     check_ignore_index_of_rows(ignore_index, target)
     return target.to_dense()
+
+
+def compute_composite(
+    loss: PointwiseLoss,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    numbers: tuple,
+    reduction: str,
+    smoothing: Tensor | None,
+    ignore_index: int | float | None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The loss as ATen operations.
+
+    Args:
+        dtype: of the loss, but for autocast; None: the widest of logits, target and whatever tensor
+            of several elements stands for a number.
+    """
+    given = {"input": input, "target": target, "weight": weight, "pos_weight": pos_weight}
+    for name, value in given.items():
+        if not isinstance(value, Tensor) and (value is not None or name in ("input", "target")):
+            raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
+    if dtype is None:
+        dtype = torch.promote_types(input.dtype, target.dtype)
+    dtype = _with_autocast(dtype, input)
+    tensors: list[Tensor | None] = [None] * 4
+    constants = []
+    for i, number in enumerate(numbers):
+        is_plain = not isinstance(number, Tensor) and is_constant(number)
+        constants.append(number if is_plain else 0.0)
+        if not is_plain:
+            tensors[i] = number if isinstance(number, Tensor) else scalar_operand(number, input)
+            if isinstance(number, Tensor) and number.dim() > 0:
+                dtype = torch.promote_types(dtype, number.dtype)
+    compute: Callable[..., Tensor] = loss.composite
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+        compute = functools.partial(call_composite, loss.composite)
+    return compute(
+        *tensors,
+        input,
+        target,
+        weight,
+        *loss.own(pos_weight, tuple(constants)),
+        number_of_reduction(reduction),
+        dtype,
+        smoothing,
+        *index_or_nan(ignore_index),
+        batch_size_operand(input) if reduction == "batchmean" else None,
+    )
+
+
+def _with_autocast(dtype: torch.dtype, input: Tensor) -> torch.dtype:
+    # The meta device has no autocast to ask for.
+    widened = not input.is_meta and torch.is_autocast_enabled(input.device.type)
+    return torch.promote_types(dtype, torch.float32) if widened else dtype
+
+
+def scripted_options(
+    input: Tensor,
+    target: Tensor,
+    reduction: str,
+    label_smoothing: float,
+    ignore_index: int | float | None,
+    validate_targets: bool,
+) -> tuple[int, Tensor | None, int | None, bool, Tensor | None]:
+    """What a composite operator takes of a call in TorchScript: the number of the reduction, the
+    smoothing, the ignored index, whether nan is ignored, the divisor."""
+    check_label_smoothing(label_smoothing)
+    if validate_targets and bool(is_invalid(target, ignore_index).any()):
+        raise ValueError("a target lies outside [0, 1]")
+    if reduction not in ["none", "mean", "sum", "batchmean"]:
+        raise ValueError(reduction + " is not a valid value for reduction")
+    smoothing: Tensor | None = None
+    if label_smoothing != 0.0:
+        smoothing = torch.scalar_tensor(label_smoothing, dtype=torch.float64)
+    ignores_nan = isinstance(ignore_index, float)  # first: saved code has a new type after the next
+    index: int | None = None
+    if isinstance(ignore_index, int):
+        index = ignore_index
+    divisor: Tensor | None = None
+    if reduction == "batchmean":
+        size = float(input.size(0))
+        divisor = torch.scalar_tensor(math.nan if size == 0.0 else size, dtype=torch.float64)
+    number = 1 if reduction == "batchmean" else ["none", "mean", "sum"].index(reduction)
+    return number, smoothing, index, ignores_nan, divisor

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.overrides import handle_torch_function
 
+from fused_bce import _C
 from fused_bce.dtypes import NONE
 
 ops = torch.ops.fused_bce
@@ -102,12 +103,10 @@ def _register_sharding() -> None:
                 for of in placements(operands)
             ]
 
-    register(ops.binary_cross_entropy_with_logits.default, "loss")
-    register(ops._binary_cross_entropy_with_logits_with_grad.default, "loss", "grad_logits")
-    register(ops._binary_cross_entropy_with_logits_backward.default, "grad_logits")
-    register(ops.sigmoid_focal_loss.default, "loss")
-    register(ops._sigmoid_focal_loss_with_grad.default, "loss", "grad_logits")
-    register(ops._sigmoid_focal_loss_backward.default, "grad_logits")
+    for name, _takes_pos_weight, _parameters in _C.losses():
+        register(getattr(ops, name).default, "loss")
+        register(getattr(ops, f"_{name}_with_grad").default, "loss", "grad_logits")
+        register(getattr(ops, f"_{name}_backward").default, "grad_logits")
 
     @register_sharding(ops._count_unignored.default)
     def _(target, ignore_index, ignore_nan=False):

@@ -22,6 +22,15 @@ def may_differ_from_zero(number: float) -> bool:
     return not statically_known_true(number == 0)
 
 
+def is_constant(number: float) -> bool:
+    """Whether an operator may take it: compiled code must be guarded by it."""
+    if not torch.compiler.is_compiling():
+        return True
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return has_static_value(number)
+
+
 def scalar_operand(number: float, beside: Tensor) -> Tensor:
     """A float64 tensor of one number, for an operator that also takes ``beside``.
 

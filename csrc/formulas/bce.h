@@ -14,8 +14,7 @@ namespace fused_bce {
 // Both come from one exponential, and for hard targets nothing cancels on either side.
 struct BinaryCrossEntropy {
   static constexpr const char* kName = "binary_cross_entropy_with_logits";
-  static constexpr const char* kSchemaOfParameters = "";
-  static constexpr int kNumParameters = 0;
+  static constexpr ParameterTable<0> kParameters{};
   static constexpr bool kTakesPosWeight = true;
 
   FUSED_BCE_INLINE explicit BinaryCrossEntropy(const Problem&) {}

@@ -19,9 +19,11 @@ namespace fused_bce {
 // For a hard target m is c or 1 - c, no division is left, and both terms have the same sign.
 struct SigmoidFocal {
   static constexpr const char* kName = "sigmoid_focal_loss";
-  static constexpr const char* kSchemaOfParameters =
-      "float alpha=0.25, float gamma=2, float gamma_neg=2, ";
-  static constexpr int kNumParameters = 3;
+  static constexpr ParameterTable<3> kParameters{{
+      {"alpha", "0.25", 0, 1, -1},
+      exponent("gamma", "2"),
+      exponent("gamma_neg", "2"),
+  }};
   static constexpr bool kTakesPosWeight = false;
 
   BinaryCrossEntropy bce;

@@ -1,8 +1,9 @@
-// The formulas that the kernels' loops go around. A new one costs a header like bce.h, and its
-// name in the list below. A formula is made of a Problem, whose parameters are its own, in the
-// order of their schema. evaluate<kHasPosWeight>(x, t, p) gives the loss and its derivative for
-// a logit, a target and, if there is one, a pos_weight; where a kernel is compiled without, p is
-// 1. kTakesPosWeight says whether there ever is one. The operators are called by kName.
+// The formulas that the kernels' loops go around. A new one costs a header like bce.h, its name in
+// the list below, and itself as ATen operations, in composite/. A formula is made of a Problem,
+// whose parameters are those of its table. evaluate<kHasPosWeight>(x, t, p) gives the loss and its
+// derivative for a logit, a target and, if there is one, a pos_weight; where a kernel is compiled
+// without, p is 1. kTakesPosWeight says whether there ever is one. The operators are called by
+// kName.
 #pragma once
 
 #include <type_traits>
@@ -29,17 +30,24 @@ constexpr int find_formula(FormulaList<First, Rest...>) {
 template <class Formula>
 constexpr int kFormulaId = find_formula<Formula>(Formulas());
 
-// f(formula) with the one that the problem asks for
+// f(std::type_identity<Formula>()) with the one of this place
 template <class F, class First, class... Rest>
-auto with_formula(const Problem& p, const F& f, FormulaList<First, Rest...>) {
+auto with_formula_at(int place, const F& f, FormulaList<First, Rest...>) {
   if constexpr (sizeof...(Rest) > 0)
-    if (p.formula != kFormulaId<First>) return with_formula(p, f, FormulaList<Rest...>());
-  return f(First(p));
+    if (place != kFormulaId<First>) return with_formula_at(place, f, FormulaList<Rest...>());
+  return f(std::type_identity<First>());
 }
 
 template <class F>
+auto with_formula_at(int place, const F& f) {
+  return with_formula_at(place, f, Formulas());
+}
+
+// f(formula) with the one that the problem asks for
+template <class F>
 auto with_formula(const Problem& p, const F& f) {
-  return with_formula(p, f, Formulas());
+  return with_formula_at(p.formula,
+                         [&](auto formula) { return f(typename decltype(formula)::type(p)); });
 }
 
 }  // namespace fused_bce
