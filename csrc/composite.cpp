@@ -1,8 +1,6 @@
 #include "composite.h"
 
 #include <ATen/TensorOperators.h>
-#include <ATen/TensorSubclassLikeUtils.h>
-#include <ATen/TracerMode.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/rsub.h>
 
@@ -68,13 +66,6 @@ Tensor smoothed_target_of(const Operands& o) {
   Tensor t = zero_where_ignored(widened(o.target, o), o);
   if (!o.label_smoothing) return t;
   return t * at::rsub(*o.label_smoothing, 1) + *o.label_smoothing / 2;
-}
-
-bool may_be_extreme(const Tensor& logits) {
-  const bool readable = logits.is_cpu() && logits.sym_numel() > 0 &&
-                        !at::isTensorSubclassLike(logits) &&
-                        !at::tracer::impl::is_dispatch_enabled();
-  return !readable || !(logits.abs().amax().item<double>() < 87);  // exp(-87) is a normal number
 }
 
 Tensor times_weight(const Tensor& losses, const Operands& o) {

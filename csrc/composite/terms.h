@@ -2,6 +2,8 @@
 // gradients of it.
 #pragma once
 
+#include <ATen/TensorOperators.h>
+
 #include "../composite.h"
 #include "../formulas/formulas.h"
 
@@ -15,12 +17,38 @@ at::Tensor widened(const at::Tensor& t, const Operands& o);
 at::Tensor logits_of(const Operands& o);
 at::Tensor smoothed_target_of(const Operands& o);
 
-// Whether masks are needed for what is infinite or underflows. In eager mode on the CPU, where such
-// a mask takes as long as three logarithms, the logits are asked first.
-bool may_be_extreme(const at::Tensor& logits);
-
 // losses * weight, if there is one
 at::Tensor times_weight(const at::Tensor& losses, const Operands& o);
+
+// Of a sigmoid, so that losses made of them keep their digits in the tails, and have derivatives
+// that do: c, sp and ce are functions of -|x|. The names are those of formulas/logistic.h.
+struct LogisticTerms {
+  explicit LogisticTerms(const Operands& o);
+
+  bool may_be_extreme;
+  at::Tensor x, t;
+  at::Tensor side;  // 1 for a negative logit, else -1
+  at::Tensor b;     // -|x|, but for its slope at 0
+  at::Tensor q, c;
+  at::Tensor ce;  // without pos_weight
+};
+
+// Of which the exponential is 0
+constexpr double kVanishing = -1e4;
+
+double smallest_normal(at::ScalarType type);
+
+// A parameter of a formula: a number, or the tensor in its place
+struct NumberOrTensor {
+  double number;
+  OptionalTensor tensor;
+
+  at::Tensor times(const at::Tensor& y) const { return tensor ? y * *tensor : y * number; }
+};
+
+inline NumberOrTensor parameter(const Operands& o, const ParameterTensors& tensors, size_t place) {
+  return {o.parameters[place], tensors[place]};
+}
 
 // Each formula defines these in a file of its name.
 template <class Formula>
