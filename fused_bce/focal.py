@@ -5,12 +5,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from torch.fx import Proxy
-from torch.nn.modules.loss import _WeightedLoss
 
 from fused_bce.checks import check_reduction
 from fused_bce.dtypes import REDUCTIONS
 from fused_bce.extras import Extras, HasExtras
-from fused_bce.pointwise import evaluate, find_loss, scripted_options
+from fused_bce.pointwise import (
+    PointwiseModule,
+    as_float,
+    evaluate,
+    find_loss,
+    scripted_options,
+)
 from fused_bce.registrations import record_call
 from fused_bce.scalars import is_constant, scalar_operand
 from fused_bce.sparse import SparseTarget
@@ -141,9 +146,9 @@ def _scripted(
         inputs,
         targets,
         weight,
-        _as_float(alpha),
-        _as_float(gamma),
-        _as_float(gamma if gamma_neg is None else gamma_neg),
+        as_float(alpha),
+        as_float(gamma),
+        as_float(gamma if gamma_neg is None else gamma_neg),
         number,
         torch.promote_types(inputs.dtype, targets.dtype),
         smoothing,
@@ -153,14 +158,10 @@ def _scripted(
     )
 
 
-def _as_float(number: int | float) -> float:
-    return float(number) if isinstance(number, int) else number
-
-
 sigmoid_focal_loss.__prepare_scriptable__ = lambda: _scripted  # type: ignore[attr-defined]
 
 
-class SigmoidFocalLoss(HasExtras, _WeightedLoss):
+class SigmoidFocalLoss(PointwiseModule):
     """The focal loss of dense detection, computed with its gradient in one pass: the module of
     :func:`fused_bce.functional.sigmoid_focal_loss`.
 
@@ -186,6 +187,10 @@ class SigmoidFocalLoss(HasExtras, _WeightedLoss):
 
     __constants__: ClassVar = [*HasExtras.__constants__, "alpha", "gamma", "gamma_neg"]
 
+    alpha: float
+    gamma: float
+    gamma_neg: float | None
+
     def __init__(
         self,
         alpha: float = 0.25,
@@ -199,17 +204,9 @@ class SigmoidFocalLoss(HasExtras, _WeightedLoss):
         validate_targets: bool = False,
         recompute: bool = False,
     ):
-        super().__init__(weight, reduction=reduction)
-        # Before a parameter that was to be trained would become a number
-        for parameter, number in zip(_LOSS.parameters, (alpha, gamma, gamma_neg), strict=True):
-            if number is not None:
-                parameter.check(number)
-        check_reduction(reduction, tuple(REDUCTIONS))
-        # As torch.jit.script has them
-        self.alpha = float(alpha)
-        self.gamma = float(gamma)
-        self.gamma_neg = None if gamma_neg is None else float(gamma_neg)
-        self._set_extras(Extras(label_smoothing, ignore_index, validate_targets, recompute))
+        numbers = {"alpha": alpha, "gamma": gamma, "gamma_neg": gamma_neg}
+        extras = Extras(label_smoothing, ignore_index, validate_targets, recompute)
+        super().__init__(_LOSS, numbers, reduction, weight, extras)
 
     def extra_repr(self) -> str:
         return self._describe(("alpha", "gamma", "reduction"), gamma_neg=None)

@@ -2,22 +2,24 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.modules.loss import _WeightedLoss
 
 from fused_bce import _C
 from fused_bce.checks import (
     check_ignore_index_of_rows,
     check_label_smoothing,
+    check_reduction,
     check_target_values,
     is_invalid,
 )
 from fused_bce.coverage import log_once, why_not_dense
-from fused_bce.dtypes import number_of_reduction
-from fused_bce.extras import Extras
+from fused_bce.dtypes import REDUCTIONS, number_of_reduction
+from fused_bce.extras import Extras, HasExtras
 from fused_bce.registrations import call_composite, ops
 from fused_bce.scalars import (
     batch_size_operand,
@@ -75,6 +77,12 @@ class PointwiseLoss(NamedTuple):
 
     def own(self, pos_weight: Tensor | None, numbers: tuple) -> tuple:
         return (pos_weight, *numbers) if self.takes_pos_weight else numbers
+
+    def check_numbers(self, numbers: tuple) -> None:
+        """Of a call, which may have tensors in their place."""
+        for parameter, number in zip(self.parameters, numbers, strict=True):
+            if not isinstance(number, Tensor) and is_constant(number):
+                parameter.check(number)
 
 
 def find_loss(name: str, fallback: Callable[..., Tensor] | None = None) -> PointwiseLoss:
@@ -245,3 +253,36 @@ def scripted_options(
         divisor = torch.scalar_tensor(math.nan if size == 0.0 else size, dtype=torch.float64)
     number = 1 if reduction == "batchmean" else ["none", "mean", "sum"].index(reduction)
     return number, smoothing, index, ignores_nan, divisor
+
+
+def as_float(number: int | float) -> float:
+    """In TorchScript."""
+    return float(number) if isinstance(number, int) else number
+
+
+class PointwiseModule(HasExtras, _WeightedLoss):
+    """The module of a pointwise loss, which has the loss's own arguments as attributes."""
+
+    def __init__(
+        self,
+        loss: PointwiseLoss,
+        numbers: Mapping[str, float | None],
+        reduction: str,
+        weight: Tensor | None,
+        extras: Extras,
+    ):
+        super().__init__(weight, reduction=reduction)
+        check_reduction(reduction, tuple(REDUCTIONS))
+        for parameter in loss.parameters:
+            number = numbers[parameter.name]
+            if number is not None:
+                # Before a parameter of a model, that was to be trained, would become a number
+                parameter.check(number)
+                # As torch.jit.script has it
+                number = number if isinstance(number, bool) else float(number)
+            setattr(self, parameter.name, number)
+        self._set_extras(extras)
+
+    def extra_repr(self) -> str:
+        names = [name for name in self.__constants__ if name not in HasExtras.__constants__]
+        return self._describe((*names, "reduction"))
