@@ -34,6 +34,7 @@ from fused_bce.focal import SigmoidFocalLoss
 from fused_bce.head import LinearBCEWithLogitsLoss
 from fused_bce.modules import BCEWithLogitsLoss
 from fused_bce.patching import convert, patch, unpatch
+from fused_bce.quality_focal import QualityFocalLoss
 from fused_bce.siglip import SigLipLoss
 from fused_bce.sparse import SparseTarget
 
@@ -42,6 +43,7 @@ __all__ = [
     "BCEWithLogitsFunction",
     "BCEWithLogitsLoss",
     "LinearBCEWithLogitsLoss",
+    "QualityFocalLoss",
     "SigLipLoss",
     "SigmoidFocalLoss",
     "SparseTarget",

@@ -15,6 +15,7 @@ from fused_bce.focal import sigmoid_focal_loss
 from fused_bce.head import linear_binary_cross_entropy_with_logits
 from fused_bce.pairwise import pairwise_sigmoid_loss
 from fused_bce.pointwise import PointwiseLoss, evaluate, scripted_options
+from fused_bce.quality_focal import quality_focal_loss
 from fused_bce.registrations import record_call
 from fused_bce.sparse import SparseTarget
 
@@ -22,6 +23,7 @@ __all__ = [
     "binary_cross_entropy_with_logits",
     "linear_binary_cross_entropy_with_logits",
     "pairwise_sigmoid_loss",
+    "quality_focal_loss",
     "sigmoid_focal_loss",
 ]
 
