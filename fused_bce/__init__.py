@@ -37,6 +37,7 @@ from fused_bce.patching import convert, patch, unpatch
 from fused_bce.quality_focal import QualityFocalLoss
 from fused_bce.siglip import SigLipLoss
 from fused_bce.sparse import SparseTarget
+from fused_bce.varifocal import VarifocalLoss
 
 __version__ = "0.1.0"
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "SigLipLoss",
     "SigmoidFocalLoss",
     "SparseTarget",
+    "VarifocalLoss",
     "build_info",
     "convert",
     "decomposition_table",

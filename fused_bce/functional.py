@@ -18,6 +18,7 @@ from fused_bce.pointwise import PointwiseLoss, evaluate, scripted_options
 from fused_bce.quality_focal import quality_focal_loss
 from fused_bce.registrations import record_call
 from fused_bce.sparse import SparseTarget
+from fused_bce.varifocal import varifocal_loss
 
 __all__ = [
     "binary_cross_entropy_with_logits",
@@ -25,6 +26,7 @@ __all__ = [
     "pairwise_sigmoid_loss",
     "quality_focal_loss",
     "sigmoid_focal_loss",
+    "varifocal_loss",
 ]
 
 

@@ -11,13 +11,14 @@
 #include "bce.h"
 #include "focal.h"
 #include "quality_focal.h"
+#include "varifocal.h"
 
 namespace fused_bce {
 
 template <class... Formula>
 struct FormulaList {};
 
-using Formulas = FormulaList<BinaryCrossEntropy, SigmoidFocal, QualityFocal>;
+using Formulas = FormulaList<BinaryCrossEntropy, SigmoidFocal, QualityFocal, Varifocal>;
 
 // The place of a formula in the list: how plain data name it.
 template <class Formula, class First, class... Rest>
