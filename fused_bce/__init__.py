@@ -27,6 +27,7 @@ except ImportError as error:
     ) from error
 
 from fused_bce import functional
+from fused_bce.asymmetric import AsymmetricLoss
 from fused_bce.autograd import BCEWithLogitsFunction
 from fused_bce.coverage import why_not_fused
 from fused_bce.decompositions import decomposition_table
@@ -41,6 +42,7 @@ from fused_bce.varifocal import VarifocalLoss
 
 __version__ = "0.1.0"
 __all__ = [
+    "AsymmetricLoss",
     "BCEWithLogitsFunction",
     "BCEWithLogitsLoss",
     "LinearBCEWithLogitsLoss",

@@ -9,6 +9,7 @@ from torch.nn import _reduction
 from torch.nn.functional import binary_cross_entropy_with_logits as torch_bce
 
 from fused_bce import _C
+from fused_bce.asymmetric import asymmetric_loss
 from fused_bce.cross_entropy import BINARY_CROSS_ENTROPY, compute_in_torch
 from fused_bce.extras import Extras
 from fused_bce.focal import sigmoid_focal_loss
@@ -21,6 +22,7 @@ from fused_bce.sparse import SparseTarget
 from fused_bce.varifocal import varifocal_loss
 
 __all__ = [
+    "asymmetric_loss",
     "binary_cross_entropy_with_logits",
     "linear_binary_cross_entropy_with_logits",
     "pairwise_sigmoid_loss",

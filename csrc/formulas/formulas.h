@@ -8,6 +8,7 @@
 
 #include <type_traits>
 
+#include "asymmetric.h"
 #include "bce.h"
 #include "focal.h"
 #include "quality_focal.h"
@@ -18,7 +19,7 @@ namespace fused_bce {
 template <class... Formula>
 struct FormulaList {};
 
-using Formulas = FormulaList<BinaryCrossEntropy, SigmoidFocal, QualityFocal, Varifocal>;
+using Formulas = FormulaList<BinaryCrossEntropy, SigmoidFocal, QualityFocal, Varifocal, Asymmetric>;
 
 // The place of a formula in the list: how plain data name it.
 template <class Formula, class First, class... Rest>

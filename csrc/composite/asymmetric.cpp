@@ -1,0 +1,113 @@
+#include "../formulas/asymmetric.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/exp.h>
+#include <ATen/ops/log1p.h>
+#include <ATen/ops/rsub.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/softplus.h>
+
+#include "terms.h"
+
+namespace fused_bce {
+
+using at::Tensor;
+
+namespace {
+
+// x * y, 0 where x is, whatever y is
+Tensor vanishing_product(const Tensor& x, const Tensor& y) {
+  return x * y.masked_fill((x == 0).logical_and(y.isinf()), 0);
+}
+
+// The terms of formulas/asymmetric.h in its notation
+struct AsymmetricTerms {
+  NumberOrTensor gamma_neg, gamma_pos, clip;
+  bool detaches_weight;
+  Tensor x, t, u;
+  Tensor pos_weight;  // undefined: 1
+  Tensor p, not_p;
+  Tensor p_m, is_above;             // p > clip, as 0 or 1
+  Tensor of_positive, of_negative;  // their losses
+
+  explicit AsymmetricTerms(const Operands& o, const ParameterTensors& tensors = {})
+      : gamma_neg(parameter(o, tensors, 0)),
+        gamma_pos(parameter(o, tensors, 1)),
+        clip(parameter(o, tensors, 2)),
+        detaches_weight(o.parameters[3] != 0),
+        x(logits_of(o)),
+        t(smoothed_target_of(o)),
+        u(at::rsub(t, 1)),
+        p(at::sigmoid(x)),
+        not_p(at::sigmoid(-x)),
+        of_positive(at::softplus(-x)) {
+    if (o.pos_weight) pos_weight = widened(*o.pos_weight, o);
+    const bool clips = clip.tensor || clip.number > 0;
+    p_m = clips ? (clip.tensor ? p - *clip.tensor : p - clip.number).clamp_min(0) : p;
+    is_above = (p_m > 0).to(p.scalar_type());
+    of_negative = clips ? -at::log1p(-p_m) : at::softplus(x);
+  }
+
+  Tensor entropy() const {
+    const Tensor positive = pos_weight.defined() ? pos_weight * t : t;
+    return vanishing_product(positive, of_positive) + vanishing_product(u, of_negative);
+  }
+
+  Tensor entropy_by_logit() const {
+    const Tensor positive = pos_weight.defined() ? pos_weight * t : t;
+    const bool clips = clip.tensor || clip.number > 0;
+    const Tensor negative = clips ? is_above * p * not_p / at::rsub(p_m, 1) : p;
+    return u * negative - positive * not_p;
+  }
+
+  Tensor entropy_by_target() const {
+    return (pos_weight.defined() ? pos_weight * of_positive : of_positive) - of_negative;
+  }
+
+  // m, of which 0 has no logarithm: a constant then, whose slope is 0
+  Tensor base() const {
+    const Tensor m = t * not_p + u * p_m;
+    return m.masked_fill(m == 0, smallest_normal(m.scalar_type()));
+  }
+
+  Tensor exponent() const { return gamma_pos.times(t) + gamma_neg.times(u); }
+
+  Tensor weight() const {
+    const Tensor w = at::exp(exponent() * base().log());
+    return detaches_weight ? w.detach() : w;
+  }
+};
+
+}  // namespace
+
+template <>
+Tensor Composite<Asymmetric>::losses(const Operands& o, const ParameterTensors& tensors) {
+  const AsymmetricTerms terms(o, tensors);
+  return times_weight(terms.weight() * terms.entropy(), o);
+}
+
+template <>
+Tensor Composite<Asymmetric>::slope_by_logit(const Operands& o) {
+  const AsymmetricTerms v(o);
+  Tensor slope = v.entropy_by_logit();
+  if (!v.detaches_weight) {
+    const Tensor turned = (v.u * v.is_above - v.t) * v.p * (v.not_p / v.base());
+    slope = slope + v.exponent() * vanishing_product(turned, v.entropy());
+  }
+  return v.weight() * slope;
+}
+
+template <>
+Tensor Composite<Asymmetric>::slope_by_target(const Operands& o) {
+  const AsymmetricTerms v(o);
+  Tensor slope = v.entropy_by_target();
+  if (!v.detaches_weight) {
+    const Tensor base = v.base();
+    const Tensor of_exponent = (v.gamma_pos.times(base.log()) - v.gamma_neg.times(base.log()));
+    const Tensor of_base = v.exponent() * (v.not_p - v.p_m) / base;
+    slope = slope + (of_exponent + of_base) * v.entropy();
+  }
+  return v.weight() * slope;
+}
+
+}  // namespace fused_bce
