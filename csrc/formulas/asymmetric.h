@@ -2,6 +2,8 @@
 // of their own, and count as predicted rightly below a small probability.
 #pragma once
 
+#include <limits>
+
 #include "../problem.h"
 #include "elementary.h"
 #include "logistic.h"
@@ -62,20 +64,21 @@ struct Asymmetric {
     const Real not_p = select(sign_bit(x), one - c, c);
     const Real slope = fma(u, negative.slope, zero - v * not_p);
 
-    const Real g = number<Real>(gamma_pos) * t + number<Real>(gamma_neg) * u;
-    const Real g_rest = rest<Real>(gamma_pos) * t + rest<Real>(gamma_neg) * u;
+    const Exponent<Real> g = mixed_exponent(gamma_pos, gamma_neg, t);
     const Real r = fma(u, negative.n, select(sign_bit(x), t, t * e));
     // Where r is e, its logarithm is known. It is bounded: 0 times infinity
     const Real far = select(sign_bit(x), kClips ? one : t, u);
     const Real known = at_most(a, Real(Precision<typename Real::Scalar>::kLargestExponent));
     const auto [high, low] = minus_log_as_sum(r);
     const Sum<Real> minus_log_r{select(far == zero, known, high), select(far == zero, zero, low)};
-    const Real power = power_of(g, g_rest, minus_log_r, sp);
+    const Real power = power_of(g, minus_log_r, sp);
 
-    const Real ratio = select(far == zero, one - c, select(r == zero, zero, c / r));
+    // Below it c / r may be infinite, and the power of r is nearly 0, or its slope is.
+    const Real smallest(std::numeric_limits<typename Real::Scalar>::min());
+    const Real ratio = select(far == zero, one - c, select(smallest > r, zero, c / r));
     const Real turned = (select(negative.n == zero, zero, u) - t) * vanishing_product(ratio, ce);
-    const Real through_weight = (detaches_weight ? zero : g) * turned;
-    return {power * ce, power * (slope + through_weight)};
+    const Real through_weight = (detaches_weight ? zero : g.value) * turned;
+    return {vanishing_product(power, ce), power * (slope + through_weight)};
   }
 
   // -log(1 - p_m) and its slope

@@ -59,7 +59,7 @@ struct QualityFocal {
       const Real m_less = select(b == Real(2), m, one);  // m^(b - 1)
       const Real slope = fma(m, m, b * (one - c) * vanishing_product(c, ce));
       const Real size = select(m == zero, zero, m_less * slope);
-      return {m_less * m * ce, flip_sign(flip_sign(size, d), x)};
+      return {vanishing_product(m_less * m, ce), flip_sign(flip_sign(size, d), x)};
     } else {
       const Real r = fma(zero - e, l, q);  // d = r / (1 + e)
       const Real m = abs(r);
@@ -67,10 +67,10 @@ struct QualityFocal {
       // For a hard target the logarithm is known. It is bounded: 0 times infinity
       const Real known = at_most(a, Real(Precision<typename Real::Scalar>::kLargestExponent));
       const Sum<Real> minus_log_m{select(q == zero, known, high), select(q == zero, zero, low)};
-      const Real power = select(m == zero, zero, power_of(b, rest<Real>(beta), minus_log_m, sp));
+      const Real power = select(m == zero, zero, power_of(exponent<Real>(beta), minus_log_m, sp));
       const Real ratio = select(q == zero, one - c, select(m == zero, zero, c / m));
       const Real slope = fma(m, one - c, b * vanishing_product(ratio, ce));
-      return {power * ce, flip_sign(flip_sign(power * slope, r), x)};
+      return {vanishing_product(power, ce), flip_sign(flip_sign(power * slope, r), x)};
     }
   }
 };

@@ -55,8 +55,7 @@ struct Varifocal {
     } else {
       // -log(p) = sp, and for x < 0 a + sp. It is bounded: 0 times infinity
       const Real known = at_most(a, Real(Precision<typename Real::Scalar>::kLargestExponent));
-      power =
-          power_of(number<Real>(gamma), rest<Real>(gamma), select(sign_bit(x), known, zero), sp);
+      power = power_of(exponent<Real>(gamma), select(sign_bit(x), known, zero), sp);
     }
     const auto negative = t == zero;
     const Real w = select(negative, number<Real>(alpha) * power, t);
