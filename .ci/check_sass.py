@@ -3,7 +3,7 @@
     python .ci/check_sass.py fused_bce/_C*.so
 
 For float32 and bfloat16, with targets of the same dtype, bool or int64, each variant of the kernel
-but the general one (of the focal loss the plain one, with targets of the same dtype), and each GPU
+but the general one (of the other losses the plain one, with targets of the same dtype), and each GPU
 architecture in the build: the loop that does the work must load and store 128 bits at a time, use
 no local memory (so no register is spilled), and take few instructions an element; the last block
 must have many of the sums it adds up under way. Needs cuobjdump and nvdisasm (from PyPI:
@@ -23,8 +23,9 @@ from pathlib import Path
 VARIANTS = {"plain": 0, "extras": 1, "columns": 2, "rows": 3}
 # Formula, mangled dtypes, elements of 128 bits, and most instructions an element, plain and in the
 # other variants. At the full bandwidth of a Hopper GPU there is time for 106, 53, 80, 44, 141, 106,
-# 106 and 53. Of the focal loss an element takes one of several branches.
+# 106 and 53. Of the other losses an element takes one of several branches.
 BCE, FOCAL = "18BinaryCrossEntropy", "12SigmoidFocal"
+QUALITY, VARIFOCAL, ASYMMETRIC = "12QualityFocal", "9Varifocal", "10Asymmetric"
 KERNELS = {
     "float32": (BCE, "ff", 4, 33, 44),
     "bfloat16": (BCE, "13__nv_bfloat16S2_", 8, 35, 44),
@@ -32,8 +33,11 @@ KERNELS = {
     "bfloat16, bool targets": (BCE, "13__nv_bfloat16NS_7BooleanE", 8, 36, 44),
     "float32, int64 targets": (BCE, "fl", 4, None, 45),
     "bfloat16, int64 targets": (BCE, "13__nv_bfloat16l", 8, None, 45),
-    "focal, float32": (FOCAL, "ff", 4, 180, None),
-    "focal, bfloat16": (FOCAL, "13__nv_bfloat16S2_", 8, 180, None),
+    "focal, float32": (FOCAL, "ff", 4, 400, None),
+    "focal, bfloat16": (FOCAL, "13__nv_bfloat16S2_", 8, 400, None),
+    "quality focal, float32": (QUALITY, "ff", 4, 200, None),
+    "varifocal, float32": (VARIFOCAL, "ff", 4, 110, None),
+    "asymmetric, float32": (ASYMMETRIC, "ff", 4, 340, None),
 }
 LEAST_SUMS = 8
 

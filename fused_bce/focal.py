@@ -29,7 +29,9 @@ def sigmoid_focal_loss(
     reduction: str = "none",
     *,
     gamma_neg: float | Tensor | None = None,
+    entropy_smoothing: float | Tensor = 0.0,
     weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int | float | None = None,
     validate_targets: bool = False,
@@ -59,7 +61,13 @@ def sigmoid_focal_loss(
             (1 - t). The kernels take an alpha up to 1 and exponents in [0, 1e6]. Others, and
             tensors that broadcast with the logits, are computed as ATen operations; a tensor that
             requires a gradient gets one.
+        entropy_smoothing: label smoothing of ce alone, in [0, 1], as effdet has it: its targets t
+            become t (1 - entropy_smoothing) + entropy_smoothing / 2, but not those of the other
+            factors, as by ``label_smoothing``.
         weight: rescales each element's loss; broadcasts into the shape of the logits.
+        pos_weight: weight of the cross entropy of positives; broadcasts into the shape of the
+            logits. For an alpha of each class pass ``alpha=-1, weight=1 - alpha,
+            pos_weight=alpha / (1 - alpha)``.
         label_smoothing, ignore_index, validate_targets, recompute: see
             :func:`fused_bce.functional.binary_cross_entropy_with_logits`.
 
@@ -95,13 +103,14 @@ def sigmoid_focal_loss(
     if not isinstance(alpha, Tensor) and is_constant(alpha) and not alpha >= 0:
         alpha = -1.0
     gamma_neg = _exponent_of_negatives(gamma, gamma_neg, inputs)
+    _SMOOTHING.check_of_call(entropy_smoothing)
     return evaluate(
         _LOSS,
         inputs,
         targets,
         weight,
-        None,
-        (alpha, gamma, gamma_neg),
+        pos_weight,
+        (alpha, gamma, gamma_neg, entropy_smoothing),
         reduction,
         Extras(label_smoothing, ignore_index, validate_targets, recompute),
     )
@@ -118,6 +127,7 @@ def _exponent_of_negatives(gamma, gamma_neg, inputs: Tensor):
 
 
 _LOSS = find_loss("sigmoid_focal_loss")
+_SMOOTHING = _LOSS.parameters[-1]
 
 
 def _scripted(
@@ -127,7 +137,9 @@ def _scripted(
     gamma: int | float = 2.0,
     reduction: str = "none",
     gamma_neg: int | float | None = None,
+    entropy_smoothing: int | float = 0.0,
     weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int | float | None = None,
     validate_targets: bool = False,
@@ -146,9 +158,11 @@ def _scripted(
         inputs,
         targets,
         weight,
+        pos_weight,
         as_float(alpha),
         as_float(gamma),
         as_float(gamma if gamma_neg is None else gamma_neg),
+        as_float(entropy_smoothing),
         number,
         torch.promote_types(inputs.dtype, targets.dtype),
         smoothing,
@@ -169,8 +183,9 @@ class SigmoidFocalLoss(PointwiseModule):
         alpha, gamma: see the function.
         reduction: ``"mean"`` (the default, as of torch's modules), ``"batchmean"``, ``"sum"`` or
             ``"none"``.
-        weight: rescales each element's loss; a buffer.
-        gamma_neg, label_smoothing, ignore_index, validate_targets, recompute: see the function.
+        weight, pos_weight: see the function; buffers.
+        gamma_neg, entropy_smoothing: see the function.
+        label_smoothing, ignore_index, validate_targets, recompute: see the function.
 
     Shape:
         - input: logits, any shape, float16, bfloat16, float32 or float64.
@@ -185,11 +200,19 @@ class SigmoidFocalLoss(PointwiseModule):
         tensor(0.0039)
     """
 
-    __constants__: ClassVar = [*HasExtras.__constants__, "alpha", "gamma", "gamma_neg"]
+    __constants__: ClassVar = [
+        *HasExtras.__constants__,
+        "alpha",
+        "gamma",
+        "gamma_neg",
+        "entropy_smoothing",
+    ]
 
     alpha: float
     gamma: float
     gamma_neg: float | None
+    entropy_smoothing: float
+    pos_weight: Tensor | None
 
     def __init__(
         self,
@@ -198,18 +221,27 @@ class SigmoidFocalLoss(PointwiseModule):
         reduction: str = "mean",
         *,
         gamma_neg: float | None = None,
+        entropy_smoothing: float = 0.0,
         weight: Tensor | None = None,
+        pos_weight: Tensor | None = None,
         label_smoothing: float = 0.0,
         ignore_index: int | float | None = None,
         validate_targets: bool = False,
         recompute: bool = False,
     ):
-        numbers = {"alpha": alpha, "gamma": gamma, "gamma_neg": gamma_neg}
+        numbers = {
+            "alpha": alpha,
+            "gamma": gamma,
+            "gamma_neg": gamma_neg,
+            "entropy_smoothing": entropy_smoothing,
+        }
         extras = Extras(label_smoothing, ignore_index, validate_targets, recompute)
         super().__init__(_LOSS, numbers, reduction, weight, extras)
+        self.register_buffer("pos_weight", pos_weight)
 
     def extra_repr(self) -> str:
-        return self._describe(("alpha", "gamma", "reduction"), gamma_neg=None)
+        always = "alpha", "gamma", "reduction"
+        return self._describe(always, gamma_neg=None, entropy_smoothing=0.0)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return sigmoid_focal_loss(
@@ -219,7 +251,9 @@ class SigmoidFocalLoss(PointwiseModule):
             self.gamma,
             self.reduction,
             gamma_neg=self.gamma_neg,
+            entropy_smoothing=self.entropy_smoothing,
             weight=self.weight,
+            pos_weight=self.pos_weight,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
             validate_targets=self.validate_targets,

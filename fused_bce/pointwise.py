@@ -50,6 +50,11 @@ class Parameter(NamedTuple):
             return f"{self.name} is out of the range of the kernels"
         return None
 
+    def check_of_call(self, number: float | Tensor) -> None:
+        """A call may have a tensor in its place, and a number that varies in compiled code."""
+        if not isinstance(number, Tensor) and is_constant(number):
+            self.check(number)
+
     def check(self, number: float) -> None:
         """For the constructors of modules."""
         if isinstance(number, Tensor):
@@ -79,10 +84,9 @@ class PointwiseLoss(NamedTuple):
         return (pos_weight, *numbers) if self.takes_pos_weight else numbers
 
     def check_numbers(self, numbers: tuple) -> None:
-        """Of a call, which may have tensors in their place."""
+        """Of a call."""
         for parameter, number in zip(self.parameters, numbers, strict=True):
-            if not isinstance(number, Tensor) and is_constant(number):
-                parameter.check(number)
+            parameter.check_of_call(number)
 
 
 def find_loss(name: str, fallback: Callable[..., Tensor] | None = None) -> PointwiseLoss:

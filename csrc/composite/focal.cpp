@@ -4,6 +4,7 @@
 #include <ATen/ops/exp.h>
 #include <ATen/ops/pow.h>
 #include <ATen/ops/rsub.h>
+#include <ATen/ops/softplus.h>
 #include <ATen/ops/where.h>
 
 #include <cmath>
@@ -18,8 +19,10 @@ namespace {
 
 // The terms of formulas/focal.h in its notation
 struct FocalTerms : LogisticTerms {
-  NumberOrTensor alpha, gamma, gamma_neg;
+  NumberOrTensor alpha, gamma, gamma_neg, smoothing;
   bool same_exponents;
+  OptionalTensor pos_weight;
+  bool has_own_entropy;  // its ce is not that of t
   Tensor m;
 
   explicit FocalTerms(const Operands& o, const ParameterTensors& tensors = {})
@@ -27,9 +30,33 @@ struct FocalTerms : LogisticTerms {
         alpha(parameter(o, tensors, 0)),
         gamma(parameter(o, tensors, 1)),
         gamma_neg(parameter(o, tensors, 2)),
-        same_exponents(!gamma_neg.tensor && (gamma.tensor || gamma.number == gamma_neg.number)) {
+        smoothing(parameter(o, tensors, 3)),
+        same_exponents(!gamma_neg.tensor && (gamma.tensor || gamma.number == gamma_neg.number)),
+        has_own_entropy(o.pos_weight || smoothing.tensor || smoothing.number != 0) {
+    if (o.pos_weight) pos_weight = widened(*o.pos_weight, o);
+    if (has_own_entropy)
+      ce = at::addcmul((of_positive() + of_negative()) * at::softplus(b), b, far_share(), -1);
     m = at::addcmul(q + c, c, q, -2);
     if (may_be_extreme) m = m.masked_fill(m == 0, smallest_normal(m.scalar_type()));
+  }
+
+  Tensor smoothed(const Tensor& y) const { return y + smoothing.times(at::rsub(y, 0.5)); }
+  Tensor times_pos_weight(const Tensor& y) const { return pos_weight ? y * *pos_weight : y; }
+  Tensor of_positive() const { return times_pos_weight(smoothed(t)); }
+  Tensor of_negative() const { return smoothed(at::rsub(t, 1)); }
+  // What q is of t
+  Tensor far_share() const { return at::where(side > 0, of_positive(), of_negative()); }
+
+  // side times the slope of ce
+  Tensor entropy_by_logit() const {
+    return has_own_entropy ? (of_positive() + of_negative()) * c - far_share() : c - q;
+  }
+
+  // side times the slope of ce
+  Tensor entropy_by_target() const {
+    if (!has_own_entropy) return -b;
+    const Tensor slope = times_pos_weight(at::softplus(-x)) - at::softplus(x);
+    return side * (slope - smoothing.times(slope));
   }
 
   // In this order backward frees most before it needs most.
@@ -69,16 +96,17 @@ struct FocalTerms : LogisticTerms {
     return y * (gamma.times(t) + gamma_neg.times(at::rsub(t, 1)));
   }
 
-  // side w m^g (c - q + g (1 - 2 q) c (1 - c) ce / m), where for a hard target c is m or 1 - m, and
-  // the limit of c ce at an infinite logit is 0.
+  // side w m^g (c - q + g (1 - 2 q) c (1 - c) ce / m) for the entropy of t, where for a hard target
+  // c is m or 1 - m, and the limit of c ce at an infinite logit is 0.
   Tensor slope_by_logit() const {
     const Tensor finite = may_be_extreme ? ce.masked_fill(b.isinf(), 0) : ce;
     const Tensor turned = at::rsub(q, 1, 2) * at::rsub(c, 1) * (c / m) * finite;
-    return side * power() * weighted(c - q + times_exponent(turned));
+    return side * power() * weighted(entropy_by_logit() + times_exponent(turned));
   }
 
   Tensor slope_by_target() const {
-    Tensor slope = weighted(side * (times_exponent(at::rsub(c, 1, 2) * (ce / m)) - b));
+    Tensor slope =
+        weighted(side * (times_exponent(at::rsub(c, 1, 2) * (ce / m)) + entropy_by_target()));
     if (!same_exponents) slope = slope + weighted(m.log() * ce) * (gamma.number - gamma_neg.number);
     if (alpha.number >= 0) slope = slope + ce * (2 * alpha.number - 1);
     return power() * slope;
