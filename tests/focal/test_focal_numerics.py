@@ -27,7 +27,7 @@ def evaluate(logits, target, alpha, gamma, device, gamma_neg=None):
     """Loss and gradient of each element, on the CPU."""
     numbers = alpha, gamma, gamma if gamma_neg is None else gamma_neg
     results = OPS._sigmoid_focal_loss_with_grad(
-        logits.to(device), target.to(device), None, *numbers, NONE
+        logits.to(device), target.to(device), None, None, *numbers, 0.0, NONE
     )
     return [result.cpu() for result in results]
 
@@ -226,7 +226,9 @@ def test_gamma_0_is_weighted_cross_entropy(kernel_device, dtype, alpha):
     target = torch.rand(1000).round().to(kernel_device, dtype)
     weight = torch.ones_like(target) if alpha < 0 else target.where(target == 0, alpha)
     weight = weight.where(target == 1, weight + (0 if alpha < 0 else 1 - alpha))
-    focal = OPS._sigmoid_focal_loss_with_grad(logits, target, None, alpha, 0.0, 0.0, NONE)
+    focal = OPS._sigmoid_focal_loss_with_grad(
+        logits, target, None, None, alpha, 0.0, 0.0, 0.0, NONE
+    )
     plain = OPS._binary_cross_entropy_with_logits_with_grad(logits, target, weight, None, NONE)
     for got, want in zip(focal, plain, strict=True):
         torch.testing.assert_close(got, want, rtol=rtol, atol=0)

@@ -2,7 +2,6 @@
 // them through ctypes. They return null, or what went wrong.
 #include <algorithm>
 #include <exception>
-#include <iterator>
 #include <string>
 
 #include "formulas/formulas.h"
@@ -24,6 +23,13 @@ struct PlainBroadcast {
 
   Broadcast broadcast() const { return {data, kDTypes[dtype], channels, inner, stride}; }
 };
+
+Problem chosen;  // of which only the formula and its parameters count
+
+template <class... Formula>
+bool choose(const std::string& name, FormulaList<Formula...>) {
+  return ((name == Formula::kName && ((chosen.formula = kFormulaId<Formula>), true)) || ...);
+}
 
 template <class Call>
 const char* caught(Call call) {
@@ -58,7 +64,7 @@ struct PlainProblem {
   PlainBroadcast grad_loss;
 
   Problem problem() const {
-    Problem p;
+    Problem p = chosen;
     p.numel = numel;
     p.logits = {logits, kDTypes[logits_dtype]};
     p.target = {target, kDTypes[target_dtype]};
@@ -84,14 +90,12 @@ const char* face_launch(const PlainProblem* p, void* workspace) {
   return caught([&] { launch_cuda(p->problem(), workspace, nullptr); });
 }
 
-// The focal loss, of which the plain struct has no numbers.
-const char* face_launch_focal(const PlainProblem* plain, double alpha, double gamma,
-                              double gamma_neg, void* workspace) {
-  Problem problem = plain->problem();
-  problem.formula = kFormulaId<SigmoidFocal>;
-  const double parameters[] = {alpha, gamma, gamma_neg};
-  std::copy(std::begin(parameters), std::end(parameters), problem.parameters);
-  return caught([&] { launch_cuda(problem, workspace, nullptr); });
+// Of which face_launch computes the loss from now on: a name and numbers that the plain struct has
+// not. Whether there is such a formula.
+bool face_choose_formula(const char* name, const double* parameters) {
+  chosen = {};
+  std::copy(parameters, parameters + kMostParameters, chosen.parameters);
+  return choose(name, Formulas());
 }
 
 const char* face_count_kept(const void* target, int64_t dtype, int64_t numel, int64_t ignore_index,
