@@ -24,7 +24,8 @@ namespace {
 using at::Tensor;
 using c10::DispatchKey;
 
-// In the order of fused_bce.functional.binary_cross_entropy_with_logits
+// In the order of fused_bce.functional.binary_cross_entropy_with_logits, whose own keywords are a
+// tuple, and beside it one of their defaults
 enum Argument {
   kInput,
   kTarget,
@@ -33,10 +34,8 @@ enum Argument {
   kReduce,
   kReduction,
   kPosWeight,
-  kLabelSmoothing,
-  kIgnoreIndex,
-  kValidateTargets,
-  kRecompute,
+  kExtras,
+  kNoExtras,
   kArguments
 };
 
@@ -53,12 +52,20 @@ constexpr c10::DispatchKeySet kOrdinaryKeys({
 #endif
 });
 
+// A float is another object in each call.
+bool is_same(PyObject* a, PyObject* b) {
+  return a == b || (PyFloat_CheckExact(a) && PyFloat_CheckExact(b) &&
+                    PyFloat_AS_DOUBLE(a) == PyFloat_AS_DOUBLE(b));
+}
+
 bool extras_are_absent(PyObject* const* arguments) {
-  PyObject* const smoothing = arguments[kLabelSmoothing];
-  return arguments[kSizeAverage] == Py_None && arguments[kReduce] == Py_None &&
-         PyFloat_CheckExact(smoothing) && PyFloat_AS_DOUBLE(smoothing) == 0 &&
-         arguments[kIgnoreIndex] == Py_None && arguments[kValidateTargets] == Py_False &&
-         arguments[kRecompute] == Py_False;
+  PyObject *const extras = arguments[kExtras], *const defaults = arguments[kNoExtras];
+  TORCH_CHECK_TYPE(PyTuple_Check(extras) && PyTuple_Check(defaults) &&
+                       PyTuple_GET_SIZE(extras) == PyTuple_GET_SIZE(defaults),
+                   "eager_loss takes two tuples of the same length");
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(extras); ++i)
+    if (!is_same(PyTuple_GET_ITEM(extras, i), PyTuple_GET_ITEM(defaults, i))) return false;
+  return arguments[kSizeAverage] == Py_None && arguments[kReduce] == Py_None;
 }
 
 // No mode of torch functions, no torch.func, forward-mode differentiation or torch.jit.trace.

@@ -14,10 +14,8 @@ def eager_loss(
     reduce: object,
     reduction: object,
     pos_weight: object,
-    label_smoothing: object,
-    ignore_index: object,
-    validate_targets: object,
-    recompute: object,
+    extras: tuple,
+    no_extras: tuple,
     /,
 ) -> Tensor | None: ...
 

@@ -31,6 +31,8 @@ __all__ = [
     "varifocal_loss",
 ]
 
+_NO_EXTRAS = Extras()
+
 
 def binary_cross_entropy_with_logits(
     input: Tensor,
@@ -100,6 +102,7 @@ def binary_cross_entropy_with_logits(
     """
     if isinstance(input, Proxy) or isinstance(target, Proxy):
         return record_call(binary_cross_entropy_with_logits, locals())
+    extras = label_smoothing, ignore_index, validate_targets, recompute
     if not torch.compiler.is_compiling():
         loss = _C.eager_loss(
             input,
@@ -109,10 +112,8 @@ def binary_cross_entropy_with_logits(
             reduce,
             reduction,
             pos_weight,
-            label_smoothing,
-            ignore_index,
-            validate_targets,
-            recompute,
+            extras,
+            _NO_EXTRAS,
         )
         if loss is not None:
             return loss
@@ -127,7 +128,7 @@ def binary_cross_entropy_with_logits(
         pos_weight,
         (),
         reduction,
-        Extras(label_smoothing, ignore_index, validate_targets, recompute),
+        Extras(*extras),
         why_not=why_not,
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import cpp_extension
 
 import fused_bce
+from fused_bce.extras import Extras
 
 # Whether, in this build, the CUDA kernels run in the place of the CPU's: tests/emulator
 EMULATES_CUDA = (
@@ -223,10 +224,9 @@ def is_fused(loss: Tensor) -> bool:
 
 def eager_loss(input, target, weight=None, pos_weight=None, *, reduction="mean", **extras):
     """What the quick way gives, None where it leaves the call to Python."""
-    names = "label_smoothing", "ignore_index", "validate_targets", "recompute"
-    defaults = dict(zip(names, (0.0, None, False, False), strict=True))
+    given = Extras(**extras)
     return fused_bce._C.eager_loss(
-        input, target, weight, None, None, reduction, pos_weight, *(defaults | extras).values()
+        input, target, weight, None, None, reduction, pos_weight, given, Extras()
     )
 
 
