@@ -128,9 +128,8 @@ def test_refusals(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_goals_and_graphs_on_cuda(tmp_path, device):
-    if device == "cpu":
-        pytest.skip("only for CUDA")
+@pytest.mark.gpu
+def test_goals_and_graphs_on_cuda(tmp_path):
     quick = ["--no-compile", *QUICK, "--device", "cuda", "--preset", "goals", "--graph"]
     output = run_script("run.py", *quick, "--sizes", 1, 640, "2^26", "--output", tmp_path)
     # Two for the small sizes; at 2^26 four for float32 and three for each half type, of which
