@@ -51,7 +51,8 @@ class Clone:
         shutil.copy2(module, self.root / "fused_bce" / module.name)
 
     def build(self) -> None:
-        self.command(sys.executable, "setup.py", "-q", "build_ext", "--inplace")
+        build = sys.executable, "setup.py", "-q", "build_ext", "--inplace"
+        self.command(*build, stdout=subprocess.DEVNULL)
 
     def keep_build(self) -> None:
         shutil.copytree(self.root / "build", self.built / "build")
@@ -140,7 +141,7 @@ def main() -> int:
 
 
 def run(names: list[str], with_suite: bool) -> int:
-    missed = []
+    missed, finders = [], []
     with tempfile.TemporaryDirectory() as folder:
         clone = Clone(Path(folder))
         if any(FAULTS[name].needs_build for name in names):
@@ -148,11 +149,6 @@ def run(names: list[str], with_suite: bool) -> int:
             clone.keep_build()
         else:
             clone.take_compiled_module()
-        # Else whatever is wrong with this place would be taken for a fault that is found.
-        if failure := clone.first_failure(
-            ["tests/loss/test_determinism.py", "tests/project/test_build.py"]
-        ):
-            sys.exit(f"Without a fault there fails {failure}")
         print("| fault | file | found by | s |\n|---|---|---|---|", flush=True)
         for name in names:
             start = time.monotonic()
@@ -162,11 +158,15 @@ def run(names: list[str], with_suite: bool) -> int:
                 found = "the compiler"
             if found is None:
                 missed.append(name)
+            elif "::" in found:
+                finders.append(found)
             seconds = time.monotonic() - start
             print(
                 f"| {name} | {FAULTS[name].file} | {found or 'NOT FOUND'} | {seconds:.0f} |",
                 flush=True,
             )
+        if finders and (failure := clone.first_failure(finders)):
+            sys.exit(f"This fails without a fault, too: {failure}")
     print(f"{len(names) - len(missed)} of {len(names)} found")
     return 1 if missed else 0
 
