@@ -55,6 +55,20 @@ def _seed():
     torch.manual_seed(0)
 
 
+# What torch 2.11 says once in a process: of the first torch.profiler.profile, which later releases
+# say of the second, and of the first sparse tensor, also of its own conversions.
+WARNINGS_OF_TORCH_2_11 = (
+    "ignore:Warning. Profiler clears events at the end of each cycle:UserWarning",
+    "ignore:Sparse invariant checks are implicitly disabled:UserWarning",
+)
+
+
+def pytest_configure(config):
+    if torch.__version__ < "2.12":
+        for line in WARNINGS_OF_TORCH_2_11:
+            config.addinivalue_line("filterwarnings", line)
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--pairs",
