@@ -160,7 +160,7 @@ PATCHING = {
         "fused_bce/patching.py",
         "cast(BCEWithLogitsLoss, module).recompute = recompute",
         "cast(BCEWithLogitsLoss, module).recompute = False",
-        "module/test_patching.py module/test_module.py",
+        "module/test_patching.py autograd/test_roads.py",
     ),
     "a patched function pickled by its own name": Fault(
         "fused_bce/patching.py",
