@@ -3,12 +3,10 @@
 from pathlib import Path
 
 
-class TextIsGone(Exception):
-    """What a fault replaces does not stand in the file, or not once."""
+def stands_once(path: Path, text: str) -> bool:
+    return path.read_text().count(text) == 1
 
 
 def plant(path: Path, text: str, replacement: str) -> None:
-    source = path.read_text()
-    if (times := source.count(text)) != 1:
-        raise TextIsGone(f"{path.name} has {times} times: {text}")
-    path.write_text(source.replace(text, replacement))
+    assert stands_once(path, text), f"{path.name} does not have this once: {text}"
+    path.write_text(path.read_text().replace(text, replacement))
