@@ -6,7 +6,7 @@ VENV ?= .venv
 python := $(VENV)/bin/python
 built := $(VENV)/.built
 
-.PHONY: demo test wheel bench lint docs sanitize gpu
+.PHONY: demo test wheel bench lint docs sanitize mutants gpu
 
 demo: $(built)  ## train on real data with torch's loss and with ours, then the tutorial's listings
 	$(python) examples/train_digits.py --output demo-output
@@ -47,6 +47,9 @@ docs: $(built)  ## the pages and the API reference as a site, build/docs/index.h
 
 sanitize: $(built)  ## tests of the C++, also of the CUDA kernels compiled for the host, under sanitizers
 	PYTHON=$(python) bash .ci/sanitize
+
+mutants: $(built)  ## faults that the tests must find: in Python, or FAULTS, names of tests/mutants/faults.py or all
+	$(python) tests/mutants/run.py $(FAULTS)
 
 gpu:  ## on a machine with a GPU, with the python3 at hand: build, test, sanitize, measure; or the PARTS of .ci/gpu
 	bash .ci/gpu $(PARTS)

@@ -10,22 +10,20 @@ from torch.utils import cpp_extension
 
 from fused_bce import _C
 
-KERNELS = ["emulated cuda"] if EMULATES_CUDA else [*_C.instruction_sets(), "cuda"]
+GPUS = ["cuda"] if why_no_cuda() is None else []
+DEVICES = ["cpu", *GPUS]
+KERNELS = ["emulated cuda"] if EMULATES_CUDA else [*_C.instruction_sets(), *GPUS]
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+@pytest.fixture(params=DEVICES)
 def device(request) -> str:
-    """The device that a test runs on; a test runs once for each."""
-    if request.param == "cuda" and (reason := why_no_cuda()):
-        pytest.skip(reason)
+    """The device that a test runs on; a test runs once for each that is there."""
     return request.param
 
 
 @pytest.fixture(params=KERNELS)
 def kernel_device(request):
     """The device to run on, with each instruction set of the CPU forced in turn."""
-    if request.param == "cuda" and (reason := why_no_cuda()):
-        pytest.skip(reason)
     if request.param not in _C.instruction_sets():
         yield "cpu" if EMULATES_CUDA else "cuda"
         return
@@ -57,6 +55,20 @@ def _seed():
     torch.manual_seed(0)
 
 
+# What torch 2.11 says once in a process: of the first torch.profiler.profile, which later releases
+# say of the second, and of the first sparse tensor, also of its own conversions.
+WARNINGS_OF_TORCH_2_11 = (
+    "ignore:Warning. Profiler clears events at the end of each cycle:UserWarning",
+    "ignore:Sparse invariant checks are implicitly disabled:UserWarning",
+)
+
+
+def pytest_configure(config):
+    if torch.__version__ < "2.12":
+        for line in WARNINGS_OF_TORCH_2_11:
+            config.addinivalue_line("filterwarnings", line)
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--pairs",
@@ -68,23 +80,34 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(trylast=True)  # of what -k and -m have left
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("pairs"):
-        return
-    tests = defaultdict(list)
-    for item in items:
-        tests[item.nodeid.partition("[")[0]].append(item)
-    chosen = {item for cases in tests.values() for item in choose_pairs(cases)}
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = [item for item in items if item in chosen]
+    if not GPUS:
+        deselect(config, items, {item for item in items if item.get_closest_marker("gpu")})
+    if config.getoption("pairs"):
+        tests = defaultdict(list)
+        for item in items:
+            tests[item.nodeid.partition("[")[0]].append(item)
+        chosen = {item for cases in tests.values() for item in choose_pairs(cases)}
+        deselect(config, items, set(items) - chosen)
+
+
+def deselect(config, items, unwanted):
+    config.hook.pytest_deselected(items=[item for item in items if item in unwanted])
+    items[:] = [item for item in items if item not in unwanted]
+
+
+def pytest_terminal_summary(terminalreporter):
+    devices, kernels = ", ".join(DEVICES), ", ".join(KERNELS)
+    missing = "" if GPUS else f"; {why_no_cuda()}, so tests for a GPU are not selected"
+    terminalreporter.write_line(f"Devices: {devices}; kernels: {kernels}{missing}")
 
 
 def choose_pairs(cases):
     """Of the cases of one test so few that every two values of two parameters meet in one.
 
     Each time the case that brings the most new pairs; the first of them, so that every process
-    chooses the same. Cases for a GPU that is not here would take pairs with them, and be skipped.
+    chooses the same.
     """
-    pairs = {case: pairs_of(case) for case in cases if not needs_absent_gpu(case)}
+    pairs = {case: pairs_of(case) for case in cases}
     missing = set().union(*pairs.values())
     chosen = []
     while missing:
@@ -99,9 +122,3 @@ def pairs_of(case):
     params = case.callspec.params if hasattr(case, "callspec") else {}
     values = [(name, id(value)) for name, value in params.items()]
     return set(itertools.combinations(values, 2)) or {tuple(values)}
-
-
-def needs_absent_gpu(case):
-    params = case.callspec.params if hasattr(case, "callspec") else {}
-    devices = (params.get(name) for name in ("device", "kernel_device"))
-    return any(isinstance(d, str) and d == "cuda" for d in devices) and why_no_cuda() is not None

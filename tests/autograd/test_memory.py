@@ -3,7 +3,7 @@ it: under saved-tensor hooks, and with recompute=True."""
 
 import pytest
 import torch
-from helpers import by_reduction, fused, torch_bce
+from helpers import by_dtype, by_reduction, fused, torch_bce
 from memory import Memory, bytes_of
 from torch.utils.checkpoint import checkpoint
 
@@ -40,6 +40,24 @@ by_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 def on(device, options):
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+
+
+@by_reduction
+@by_dtype
+def test_peak_memory(dtype, reduction, device):
+    """A training step holds the gradient of the logits and, where each is wanted, the losses."""
+    logits, target = (torch.rand(2**16, device=device, dtype=dtype) for _ in range(2))
+    logits.requires_grad_()
+    grad_loss = torch.ones_like(target) if reduction == "none" else torch.ones((), device=device)
+
+    def step():
+        torch.autograd.backward(fused(logits, target, reduction=reduction), grad_loss.to(dtype))
+
+    step()
+    logits.grad = None
+    size = logits.nbytes * (2 if reduction == "none" else 1)
+    # Beside them the loss and partial sums, in blocks of half a kilobyte on a GPU
+    assert size <= bytes_of(step, device).peak <= size + 4096
 
 
 @by_options

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from planting import plant
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
@@ -79,6 +80,7 @@ def run(library: Path) -> subprocess.CompletedProcess:
         ["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True
     ).stdout.strip()
     environment = os.environ | {"LD_PRELOAD": runtime, "TSAN_OPTIONS": TSAN_OPTIONS}
+    environment |= {"PYTHONPATH": str(HERE.parent)}
     command = ["setarch", "-R", sys.executable, __file__, str(library)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
@@ -104,9 +106,7 @@ def check_found(csrc: Path, statuses: set[int], reports: str) -> None:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault(fault, csrc):
     name, there, instead = FAULTS[fault]
-    path = csrc / "cuda" / name
-    assert path.read_text().count(there) == 1
-    path.write_text(path.read_text().replace(there, instead))
+    plant(csrc / "cuda" / name, there, instead)
     check_found(csrc, {WRONG, RACE}, "WRONG|data race")
 
 

@@ -33,13 +33,12 @@ from helpers import (
     outcome,
     reference,
     torch_bce,
-    why_no_cuda,
 )
 from torch.profiler import ProfilerActivity, profile
 
 from fused_bce import why_not_fused
 
-pytestmark = pytest.mark.skipif(why_no_cuda() is not None, reason=str(why_no_cuda()))
+pytestmark = pytest.mark.gpu
 
 SLEEP = 50_000_000  # cycles, some 30 ms: time for the host to fill the streams
 

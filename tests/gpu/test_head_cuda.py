@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 from common import DEVICE, capture, no_synchronisation, sync_debug_mode
-from helpers import FLOATS, dtype_name, why_no_cuda
+from helpers import FLOATS, dtype_name
 
 from fused_bce import SigLipLoss, SparseTarget
 from fused_bce.functional import linear_binary_cross_entropy_with_logits as head
 from fused_bce.functional import pairwise_sigmoid_loss
 
-pytestmark = pytest.mark.skipif(why_no_cuda() is not None, reason=str(why_no_cuda()))
+pytestmark = pytest.mark.gpu
 
 ROWS, FEATURES, LABELS = 64, 32, 1003
 by_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=dtype_name)

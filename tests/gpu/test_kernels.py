@@ -27,13 +27,11 @@ from helpers import (
     dtype_name,
     evaluate,
     fused,
-    why_no_cuda,
 )
 
 from fused_bce import _C
 
-why_not = None if EMULATES_CUDA else why_no_cuda()
-pytestmark = pytest.mark.skipif(why_not is not None, reason=str(why_not))
+pytestmark = [] if EMULATES_CUDA else pytest.mark.gpu
 
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 by_target_dtype = pytest.mark.parametrize("target_dtype", [*INTEGERS, None], ids=str)

@@ -307,6 +307,11 @@ REFUSED = {
         RuntimeError,
         "there is no matrix of logits",
     ),
+    "weights of other rows": (
+        {"weight": torch.ones(ROWS + 1, 1)},
+        RuntimeError,
+        "there is no matrix of logits",
+    ),
     "pos_weight": ({"pos_weight": torch.ones(3)}, RuntimeError, "pos_weight has shape [3]"),
     "ignore_index": ({"ignore_index": 1}, ValueError, "ignore_index goes with dense targets"),
     "smoothing": ({"label_smoothing": 1.5}, ValueError, "label_smoothing must lie in [0, 1)"),

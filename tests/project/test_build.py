@@ -1,7 +1,6 @@
 """What a user reads when a build does not fit."""
 
 import os
-import re
 import subprocess
 import sys
 import zipfile
@@ -192,10 +191,3 @@ def test_openmp_on_macos(tmp_path):
     assert "omp.h" not in warnings
     args, _ = openmp_args_on_macos(tmp_path, SANITIZE="thread")
     assert args == "[]"
-
-
-@pytest.mark.parametrize("script", sorted(ROOT.glob(".ci/*")), ids=lambda path: path.name)
-def test_selections_of_tests_are_one_line(script):
-    """pytest takes no other for -k, and some of these scripts run where a failure is dear."""
-    selections = re.findall(r'-k\s+"([^"]*)"', script.read_text())
-    assert not [selection for selection in selections if "\n" in selection]

@@ -145,7 +145,7 @@ def test_tutorial_gives_the_expected_numbers():
         "please use reduction='sum' instead.",
     ):
         assert line in lines
-    assert lines[-1] == "All 11 listings give the expected numbers."
+    assert re.fullmatch(r"All \d+ listings give the expected numbers\.", lines[-1])
 
 
 def test_tutorial_notices_a_wrong_loss():

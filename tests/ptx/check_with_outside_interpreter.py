@@ -1,6 +1,6 @@
 """The interpreter's checks of the PTX, with this project's rule for the gradient of the loss.
 
-    python tests/ptx/check.py INTERPRETER [arguments of its check.py]
+    python tests/ptx/check_with_outside_interpreter.py INTERPRETER [arguments of its check.py]
 
 Its reference rounds a gradient once. Here, but for float16, the gradient for a grad_loss of 1 is
 rounded, multiplied by grad_loss, and rounded again; and where targets are ignored a 0 stays 0,
