@@ -73,7 +73,9 @@ class patch:
           by name meanwhile stays ours there;
         - ``torch.binary_cross_entropy_with_logits``, the operator below the function;
         - what was compiled, traced, scripted or exported before; and what was meanwhile keeps the
-          fused loss.
+          fused loss;
+        - the focal losses that libraries write themselves, transformers' ``sigmoid_focal_loss`` for
+          one; only the cross entropy inside of them is replaced.
 
     Example:
         >>> import torch

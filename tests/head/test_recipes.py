@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from fused_bce import LinearBCEWithLogitsLoss, SparseTarget
-from fused_bce.functional import binary_cross_entropy_with_logits, sigmoid_focal_loss
+from fused_bce.functional import (
+    binary_cross_entropy_with_logits,
+    quality_focal_loss,
+    sigmoid_focal_loss,
+    varifocal_loss,
+)
 
 ROWS, LABELS, FEATURES = 6, 50, 8
 DOUBLE = torch.float64
@@ -96,3 +101,48 @@ def test_transformers_focal_loss(device):
     want = (alpha_t * (1 - p_t) ** 2 * -p_t.log()).mean(1).sum() / num_boxes
     got = sigmoid_focal_loss(logits, target, reduction="sum") / (logits.shape[1] * num_boxes)
     torch.testing.assert_close(got, want, **CLOSE)
+
+
+def with_gradient(loss, logits):
+    leaf = logits.detach().requires_grad_()
+    value = loss(leaf)
+    return value.detach(), *torch.autograd.grad(value, leaf)
+
+
+def test_quality_focal_loss_of_classes(device):
+    """mmdetection's targets: of each row a class, or the background, and a score. Every cell is a
+    negative, but that of the class."""
+    logits = torch.randn(ROWS, LABELS, dtype=DOUBLE, device=device)
+    classes = torch.tensor([3, 49, LABELS, 0, LABELS, 25], device=device)
+    scores = torch.rand(ROWS, dtype=DOUBLE, device=device)
+
+    def theirs(x):
+        p = x.sigmoid()
+        cells = p**2 * F.softplus(x)
+        row = (classes < LABELS).nonzero()[:, 0]
+        place = row, classes[row]
+        positives = (scores[row] - p[place]) ** 2 * losses(x[place], scores[row])
+        return cells.index_put(place, positives).sum() / ROWS
+
+    dense = torch.zeros(ROWS, LABELS + 1, dtype=DOUBLE, device=device)
+    dense = dense.scatter(1, classes[:, None], scores[:, None])[:, :-1]
+    got = with_gradient(lambda x: quality_focal_loss(x, dense, 2, "batchmean"), logits)
+    torch.testing.assert_close(got, with_gradient(theirs, logits), **CLOSE)
+
+
+def test_varifocal_loss_of_matched_boxes(device):
+    """RT-DETR's: the weight is the IoU of a matched box, or a power of p, without a gradient; the
+    loss is the sum over the number of boxes."""
+    logits = torch.randn(2, 30, 5, dtype=DOUBLE, device=device)
+    one_hot = (torch.rand(2, 30, 5, device=device) < 0.1).to(DOUBLE)
+    iou = one_hot * torch.rand(2, 30, 1, dtype=DOUBLE, device=device)
+    num_boxes = 12
+
+    def theirs(x):
+        weight = 0.75 * x.detach().sigmoid() ** 2 * (1 - one_hot) + iou
+        return (weight * losses(x, iou)).sum() / num_boxes
+
+    def ours(x):
+        return varifocal_loss(x, iou, 0.75, 2, "sum", detach_weight=True) / num_boxes
+
+    torch.testing.assert_close(with_gradient(ours, logits), with_gradient(theirs, logits), **CLOSE)

@@ -1,7 +1,8 @@
 """The fused losses inside libraries that train with torch's: patched, converted or passed in.
 
-Every test trains three steps twice, with torch's loss and with ours, from the same seed and on the
-same data. The libraries are the extra ``clients``; without one of them its tests are skipped.
+Most tests train three steps twice, with torch's loss and with ours, from the same seed and on the
+same data; where a library has a loss of its own, ours is called with the same logits. The libraries
+are the extra ``clients``; without one of them its tests are skipped.
 """
 
 import subprocess
@@ -390,6 +391,107 @@ def test_torchvision_detection(name, device):
     ]
     ours, theirs = train_patched(make, loss_of, batches, device, focal=True)
     assert_same_training(ours, theirs, FOCAL_LOSS, FOCAL_GRADIENT)
+
+
+def assert_same_loss(ours, theirs, logits: Tensor) -> None:
+    """Two functions of the logits, with their gradients."""
+    results = []
+    for loss in (ours, theirs):
+        leaf = logits.detach().requires_grad_()
+        value = loss(leaf)
+        results.append((value.detach(), *torch.autograd.grad(value.sum(), leaf)))
+    # Theirs takes 1 - p_t and its like from a p_t near 1.
+    tolerance = 32 * torch.finfo(logits.dtype).eps
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=tolerance * want.abs().max().item())
+
+
+ASYMMETRIC = {
+    "defaults": ({}, {}),
+    "detached": ({"disable_torch_grad_focal_loss": True}, {"detach_weight": True}),
+    "options": (
+        {"clip": None, "gamma_pos": 0, "smoothing": 0.1, "pos_weight": 3.0},
+        {"clip": 0, "gamma_pos": 0, "label_smoothing": 0.1, "pos_weight": torch.tensor(3.0)},
+    ),
+}
+
+
+@pytest.mark.parametrize(("theirs", "ours"), ASYMMETRIC.values(), ids=ASYMMETRIC)
+def test_timm_asymmetric(theirs, ours, device):
+    timm_loss = pytest.importorskip("timm.loss")
+    target = (torch.rand(30, 20, device=device) < 0.1).float()
+    theirs = timm_loss.AsymmetricLossMultiLabel(**theirs).to(device)
+    ours = fused_bce.AsymmetricLoss(reduction="batchmean", **ours).to(device)
+    assert_same_loss(
+        lambda x: ours(x, target),
+        lambda x: theirs(x, target),
+        3 * torch.randn(30, 20, device=device),  # timm's computes in float32
+    )
+
+
+@pytest.mark.parametrize("alpha", [0.3, None])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_kornia_focal(alpha, weighted, device):
+    """Its weights have a value for each class."""
+    losses = pytest.importorskip("kornia.losses")
+    logits = 3 * torch.randn(4, 3, 5, 5, dtype=torch.float64, device=device)
+    target = (torch.rand(logits.shape, device=device) < 0.1).double()
+    values = torch.tensor([0.5, 1, 4], dtype=torch.float64, device=device)
+    weights = {"pos_weight": values, "weight": 1 / values} if weighted else {}
+    of_images = {name: weight[:, None, None] for name, weight in weights.items()}
+    our_alpha = -1 if alpha is None else alpha
+    assert_same_loss(
+        lambda x: fused_bce.functional.sigmoid_focal_loss(x, target, our_alpha, 1.5, **of_images),
+        lambda x: losses.binary_focal_loss_with_logits(x, target, alpha, 1.5, **weights),
+        logits,
+    )
+
+
+def test_segmentation_models_focal(device):
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    logits = 3 * torch.randn(4, 3, 5, 5, dtype=torch.float64, device=device)
+    target = (torch.rand(logits.shape, device=device) < 0.1).double()
+    theirs = smp.losses.FocalLoss("multilabel", alpha=0.3, gamma=1.5)
+    ours = fused_bce.SigmoidFocalLoss(alpha=0.3, gamma=1.5)
+    assert_same_loss(lambda x: ours(x, target), lambda x: theirs(x, target), logits)
+
+
+def test_transformers_varifocal(device):
+    """RT-DETR's: of matched boxes the target is their IoU, and the weight has no gradient."""
+    transformers = pytest.importorskip("transformers")
+    rt_detr = pytest.importorskip("transformers.loss.loss_rt_detr")
+    criterion = rt_detr.RTDetrLoss(transformers.RTDetrConfig(num_labels=5)).to(device)
+    double = {"dtype": torch.float64, "device": device}
+    # Centres and sizes of boxes, four of them next to those of the targets
+    boxes = 0.3 + 0.1 * torch.rand(2, 12, 4, **double)
+    queries, labels = torch.tensor([[7, 3], [0, 11]]), torch.tensor([[4, 0], [2, 4]], device=device)
+    targets = [
+        {"class_labels": labels[image], "boxes": boxes[image, queries[image]] + 0.01}
+        for image in range(2)
+    ]
+    indices = [(queries[image], torch.arange(2)) for image in range(2)]
+
+    dense = torch.zeros(2, 12, 5, **double)
+    for image in range(2):
+        corners = [
+            rt_detr.center_to_corners_format(one)
+            for one in (boxes[image, queries[image]], targets[image]["boxes"])
+        ]
+        iou, _ = rt_detr.box_iou(*corners)
+        dense[image, queries[image], labels[image]] = iou.diag()
+    assert dense.count_nonzero() == 4
+
+    def theirs(logits):
+        outputs = {"logits": logits, "pred_boxes": boxes}
+        return criterion.loss_labels_vfl(outputs, targets, indices, num_boxes=4)["loss_vfl"]
+
+    def ours(logits):
+        loss = fused_bce.VarifocalLoss(
+            criterion.alpha, criterion.gamma, reduction="sum", detach_weight=True
+        )
+        return loss(logits, dense) / 4
+
+    assert_same_loss(ours, theirs, torch.randn(2, 12, 5, **double))
 
 
 @pytest.mark.parametrize("modules", [["linear"], "all-linear"], ids=str)
