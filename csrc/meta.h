@@ -50,8 +50,4 @@ inline LinearLoss linear_loss(const LinearOperands& o, Wanted wanted,
           sum(wanted[2], o.linear_bias.value_or(o.input))};
 }
 
-inline at::Tensor linear_loss_only(const LinearOperands& o) {
-  return std::get<0>(meta::linear_loss(o, {}, {}));
-}
-
 }  // namespace fused_bce::meta

@@ -81,11 +81,11 @@ void define_and_implement_linear(torch::Library& definitions) {
 
   for (const auto key : kBackends) {
     torch::Library& backend = implementations(key);
-    backend.impl(Linear::kName, kKernel<Linear, linear_loss_only>);
+    backend.impl(Linear::kName, kKernel<Linear, loss_only<linear_loss>>);
     backend.impl(Linear::kWithGrads, kKernel<Linear, linear_loss>);
   }
   torch::Library& meta = implementations(c10::DispatchKey::Meta);
-  meta.impl(Linear::kName, kKernel<Linear, meta::linear_loss_only>);
+  meta.impl(Linear::kName, kKernel<Linear, loss_only<meta::linear_loss>>);
   meta.impl(Linear::kWithGrads, kKernel<Linear, meta::linear_loss>);
 
   implementations(c10::DispatchKey::Autograd).impl(Linear::kName, kKernel<Linear, linear_autograd>);

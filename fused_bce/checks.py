@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from fused_bce.dtypes import FLOATS
+from fused_bce.linear_call import LinearCall
 from fused_bce.registrations import constant_in_graphs
-from fused_bce.sparse import SparseTarget, as_integer, is_fake, is_traced_by_proxies
+from fused_bce.sparse import SparseTarget, as_integer, check_tensor, is_fake, is_traced_by_proxies
 
 _MOST_IGNORED = 2**24  # float32 holds all integers up to there
+_OPTIONAL = ("linear_bias", "weight", "pos_weight")
 _SMOOTHING = "label_smoothing must lie in [0, 1)"
 
 
@@ -125,20 +127,13 @@ def _holds(dtype: torch.dtype, value: int) -> bool:
     return torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max
 
 
-def check_linear_operands(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor | SparseTarget,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-) -> None:
+def check_linear_operands(call: LinearCall) -> None:
     """Raises what a linear layer and the loss of its logits raise, whoever computes them, but for
     the numbers of a target."""
+    input, linear_weight, linear_bias, target, weight, pos_weight, *_ = call
+    weights = {"weight": weight, "pos_weight": pos_weight}
     _check_types(
-        target,
-        {"input": input, "linear_weight": linear_weight},
-        {"linear_bias": linear_bias, "weight": weight, "pos_weight": pos_weight},
+        target, input=input, linear_weight=linear_weight, linear_bias=linear_bias, **weights
     )
     if torch.jit.is_tracing():
         return  # which would make constants of the answers, and warn
@@ -153,8 +148,11 @@ def check_linear_operands(
         raise RuntimeError(
             f"linear_bias must be of shape ({num_labels},), not {_size(linear_bias)}"
         )
-    _check_sizes(input.shape[:-1], num_labels, target, weight, pos_weight)
-    _check_linear_dtypes(input, linear_weight, linear_bias)
+    _check_sizes(input.shape[:-1], num_labels, target, weights)
+    check_floats("input", input)
+    for name, t in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if t is not None and t.dtype is not input.dtype and not autocast_casts(input, t):
+            raise RuntimeError(f"input has dtype {input.dtype} but {name} {t.dtype}")
 
 
 def check_logits(
@@ -164,39 +162,37 @@ def check_logits(
     pos_weight: Tensor | None,
 ) -> None:
     """The same for logits that some layer has computed."""
-    _check_types(target, {"logits": logits}, {"weight": weight, "pos_weight": pos_weight})
+    weights = {"weight": weight, "pos_weight": pos_weight}
+    _check_types(target, logits=logits, **weights)
     if torch.jit.is_tracing():
         return
     if logits.dim() == 0:
         raise RuntimeError("logits must be of shape (*, C), not one number")
-    _check_sizes(logits.shape[:-1], logits.shape[-1], target, weight, pos_weight)
+    _check_sizes(logits.shape[:-1], logits.shape[-1], target, weights)
     check_floats("logits", logits)
 
 
-def _check_types(
-    target: Tensor | SparseTarget, given: dict[str, Tensor], optional: dict[str, Tensor | None]
-) -> None:
+def _check_types(target: Tensor | SparseTarget, **tensors: Tensor | None) -> None:
     if isinstance(target, SparseTarget):
         target.check_structure()
     elif not isinstance(target, Tensor):
         raise TypeError(f"target must be a SparseTarget or a tensor, not {type(target).__name__}")
-    for name, t in (given | {n: t for n, t in optional.items() if t is not None}).items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor, not {type(t).__name__}")
+    for name, t in tensors.items():
+        if t is not None or name not in _OPTIONAL:
+            check_tensor(name, t)
 
 
 def _check_sizes(
     leading: tuple[int, ...],
     num_labels: int,
     target: Tensor | SparseTarget,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
+    weights: dict[str, Tensor | None],
 ) -> None:
     rows = 1
     for size in leading:  # not numel, which fixes the sizes in a graph
         rows = rows * size
     _check_target_size(leading, num_labels, rows, target)
-    for name, t in (("weight", weight), ("pos_weight", pos_weight)):
+    for name, t in weights.items():
         if t is not None:
             _check_weight_size(name, t, rows, num_labels)
 
@@ -235,13 +231,6 @@ def _check_weight_size(name: str, weight: Tensor, rows: int, num_labels: int) ->
     )
 
 
-def _check_linear_dtypes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
-    check_floats("input", input)
-    for name, t in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
-        if t is not None and t.dtype is not input.dtype and not _autocast_casts(input, t):
-            raise RuntimeError(f"input has dtype {input.dtype} but {name} {t.dtype}")
-
-
 def check_floats(name: str, t: Tensor) -> None:
     if t.dtype not in FLOATS:
         raise NotImplementedError(
@@ -249,7 +238,7 @@ def check_floats(name: str, t: Tensor) -> None:
         )
 
 
-def _autocast_casts(*operands: Tensor) -> bool:
+def autocast_casts(*operands: Tensor) -> bool:
     device = operands[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return False

@@ -23,6 +23,7 @@ from fused_bce.checks import (
     check_target_values,
 )
 from fused_bce.dtypes import FLOATS, INTEGERS, TARGETS
+from fused_bce.linear_call import LinearCall
 from fused_bce.registrations import constant_in_graphs, ensure_sharding
 from fused_bce.sparse import SparseTarget, as_sparse
 
@@ -105,7 +106,8 @@ def why_not_fused(
                 raise TypeError("with linear_weight go no size_average, reduce and recompute")
             check_reduction_to_scalar(reduction)
             check_chunk_bytes(chunk_bytes)
-            check_linear_operands(input, linear_weight, linear_bias, target, weight, pos_weight)
+            call = LinearCall(input, linear_weight, linear_bias, target, weight, pos_weight)
+            check_linear_operands(call)
         else:
             if isinstance(target, SparseTarget):
                 check_ignore_index_of_rows(ignore_index, target)
@@ -119,7 +121,7 @@ def why_not_fused(
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         return str(error)
     if linear_weight is not None:
-        return why_not_linear(input, linear_weight, linear_bias, target, weight, pos_weight)
+        return why_not_linear(call)
     reason = why_not_dense(input, cast(Tensor, target), weight, pos_weight)
     if reason is None and legacy and torch.compiler.is_compiling():
         return "size_average and reduce are not fused in compiled code"
@@ -216,15 +218,9 @@ def _transformed() -> bool:
     return _functorch_level() is not None or forward_ad._current_level >= 0
 
 
-def why_not_linear(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor | SparseTarget,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-) -> str | None:
+def why_not_linear(call: LinearCall) -> str | None:
     """The same for a linear layer and the loss of its logits."""
+    input, linear_weight, linear_bias, target, weight, pos_weight, *_ = call
     if isinstance(target, SparseTarget):
         of_target = [(name, getattr(target, name)) for name in ("indices", "offsets", "values")]
     else:

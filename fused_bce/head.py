@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.modules.module import _global_forward_hooks
@@ -18,13 +17,13 @@ from fused_bce.checks import (
     check_reduction_to_scalar,
     check_target_values,
 )
-from fused_bce.coverage import are_shards, log_once, why_not_linear
-from fused_bce.cross_entropy import BINARY_CROSS_ENTROPY, compute_in_torch
+from fused_bce.coverage import log_once
+from fused_bce.cross_entropy import BINARY_CROSS_ENTROPY
 from fused_bce.extras import Extras
-from fused_bce.linear_operator import linear_loss, operator_arguments
+from fused_bce.linear_call import LinearCall
+from fused_bce.linear_operator import compute_from_logits, evaluate_linear
 from fused_bce.pointwise import evaluate
 from fused_bce.registrations import record_call
-from fused_bce.scalars import smoothing_operand
 from fused_bce.sparse import SparseTarget, as_sparse
 
 
@@ -98,82 +97,22 @@ def linear_binary_cross_entropy_with_logits(
     """
     if any(isinstance(t, Proxy) for t in (input, linear_weight, target)):
         return record_call(linear_binary_cross_entropy_with_logits, locals())
-    options: dict[str, Any] = {
-        "linear_bias": linear_bias,
-        "weight": weight,
-        "pos_weight": pos_weight,
-        "reduction": reduction,
-        "label_smoothing": label_smoothing,
-    }
     check_reduction_to_scalar(reduction)
     check_label_smoothing(label_smoothing)
-    chunk_bytes = check_chunk_bytes(chunk_bytes)
-    target = as_sparse(target)
-    check_linear_operands(input, linear_weight, linear_bias, target, weight, pos_weight)
-    options["ignore_index"] = check_target_values(target, ignore_index, validate_targets)
-    reason = why_not_linear(input, linear_weight, linear_bias, target, weight, pos_weight)
-    if reason is not None:
-        if not torch.compiler.is_compiling():
-            log_once(reason)
-        return on_whole_logits(input, linear_weight, target, options)
-    return _fused(input, linear_weight, target, options, chunk_bytes)
-
-
-def _fused(input, linear_weight, target, options, chunk_bytes) -> Tensor:
-    rows = input if input.dim() > 1 else input[None]
-    arguments = operator_arguments(
-        rows,
+    call = LinearCall(
+        input,
         linear_weight,
-        options["reduction"],
-        target,
-        options["label_smoothing"],
-        options["ignore_index"],
-        chunk_bytes,
+        linear_bias,
+        as_sparse(target),
+        weight,
+        pos_weight,
+        reduction,
+        label_smoothing,
+        chunk_bytes=check_chunk_bytes(chunk_bytes),
     )
-    rows = rows.flatten(0, -2)
-    if not isinstance(target, SparseTarget):
-        target = target.reshape(rows.shape[0], linear_weight.shape[0])
-    operands = {name: options[name] for name in ("linear_bias", "weight", "pos_weight")}
-    if are_shards(rows, linear_weight):
-        from fused_bce.sharded import loss_of_shards
-
-        return loss_of_shards(rows, linear_weight, target, operands, arguments)
-    return linear_loss(rows, linear_weight, target, operands, arguments)
-
-
-def on_whole_logits(input, linear_weight, target, options) -> Tensor:
-    rows = input if input.dim() > 1 else input[None]
-    logits = F.linear(rows.flatten(0, -2), linear_weight, options["linear_bias"])
-
-    def compute(logits, target, *, weight, pos_weight, reduction, label_smoothing, ignore_index):
-        smoothing = smoothing_operand(label_smoothing, linear_weight)
-        loss = BINARY_CROSS_ENTROPY
-        return compute_in_torch(
-            loss, logits, target, weight, pos_weight, (), reduction, smoothing, ignore_index
-        )
-
-    return _compute_from_logits(compute, logits, target, options, rows.size(0))
-
-
-def _compute_from_logits(compute, logits, target, options, batch_size) -> Tensor:
-    """By a loss of dense targets. For logits (N, C)."""
-    if isinstance(target, SparseTarget):
-        target = target.to_dense()
-    # In the dtype of the target, which is that of the loss.
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    if target.is_floating_point():
-        wide = torch.promote_types(wide, target.dtype)
-    batchmean = options["reduction"] == "batchmean"
-    loss = compute(
-        logits,
-        target.to(wide).reshape(logits.shape),
-        weight=options["weight"],
-        pos_weight=options["pos_weight"],
-        reduction="sum" if batchmean else options["reduction"],
-        label_smoothing=options["label_smoothing"],
-        ignore_index=options["ignore_index"],
-    )
-    return loss / batch_size if batchmean else loss
+    check_linear_operands(call)
+    index = check_target_values(call.target, ignore_index, validate_targets)
+    return evaluate_linear(call if index is None else call._replace(ignore_index=index))
 
 
 class _Linear(torch.nn.Linear):
@@ -217,22 +156,34 @@ def _is_from(packages: tuple[str, ...], function: Any) -> bool:
     return f"{module}.".startswith(packages)
 
 
-def _loss_of_logits(logits, target, *, validate_targets, **options) -> Tensor:
+def _loss_of_logits(
+    logits,
+    target,
+    weight,
+    pos_weight,
+    reduction,
+    label_smoothing,
+    ignore_index,
+    validate_targets,
+) -> Tensor:
     """The loss of logits that some other layer has computed."""
     if isinstance(logits, Proxy):
-        recorded = {"logits": logits, "target": target, "validate_targets": validate_targets}
-        return record_call(_loss_of_logits, recorded | options)
-    check_reduction_to_scalar(options["reduction"])
+        return record_call(_loss_of_logits, locals())
+    check_reduction_to_scalar(reduction)
     target = as_sparse(target)
-    check_logits(logits, target, options["weight"], options["pos_weight"])
-    options["ignore_index"] = check_target_values(target, options["ignore_index"], validate_targets)
-    rows = logits if logits.dim() > 1 else logits[None]
+    check_logits(logits, target, weight, pos_weight)
+    extras = Extras(label_smoothing, check_target_values(target, ignore_index, validate_targets))
 
-    def compute(logits, target, *, weight, pos_weight, reduction, **extras) -> Tensor:
+    def compute(logits: Tensor, target: Tensor, reduction: str) -> Tensor:
         loss = BINARY_CROSS_ENTROPY
-        return evaluate(loss, logits, target, weight, pos_weight, (), reduction, Extras(**extras))
+        return evaluate(loss, logits, target, weight, pos_weight, (), reduction, extras)
 
-    return _compute_from_logits(compute, rows.flatten(0, -2), target, options, rows.size(0))
+    rows = logits if logits.dim() > 1 else logits[None]
+    return compute_from_logits(compute, rows.flatten(0, -2), target, reduction, rows.size(0))
+
+
+# Of the options that every loss takes
+_DEFAULTS = {"label_smoothing": 0.0, "ignore_index": None, "validate_targets": False}
 
 
 class LinearBCEWithLogitsLoss(torch.nn.Module):
@@ -289,16 +240,14 @@ class LinearBCEWithLogitsLoss(torch.nn.Module):
     ):
         super().__init__()
         check_reduction_to_scalar(reduction)
-        ignore_index = check_options(label_smoothing, ignore_index)
-        chunk_bytes = check_chunk_bytes(chunk_bytes)
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.ignore_index = check_options(label_smoothing, ignore_index)
+        self.validate_targets = validate_targets
+        self.chunk_bytes = check_chunk_bytes(chunk_bytes)
         self.linear = _Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
         self.register_buffer("weight", weight)
         self.register_buffer("pos_weight", pos_weight)
-        self.reduction = reduction
-        self.label_smoothing = label_smoothing
-        self.ignore_index = ignore_index
-        self.validate_targets = validate_targets
-        self.chunk_bytes = chunk_bytes
 
     @classmethod
     def from_linear(cls, layer: torch.nn.Linear, **options: Any) -> "LinearBCEWithLogitsLoss":
@@ -342,21 +291,10 @@ class LinearBCEWithLogitsLoss(torch.nn.Module):
         )
 
     def _options(self) -> dict[str, Any]:
-        return {
-            "weight": self.weight,
-            "pos_weight": self.pos_weight,
-            "reduction": self.reduction,
-            "label_smoothing": self.label_smoothing,
-            "ignore_index": self.ignore_index,
-            "validate_targets": self.validate_targets,
-        }
+        names = ("weight", "pos_weight", "reduction", *_DEFAULTS)
+        return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
-        defaults = {
-            "label_smoothing": 0.0,
-            "ignore_index": None,
-            "validate_targets": False,
-            "chunk_bytes": None,
-        }
+        defaults = _DEFAULTS | {"chunk_bytes": None}
         given = [n for n, default in defaults.items() if getattr(self, n) != default]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in ["reduction", *given])

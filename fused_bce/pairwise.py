@@ -2,23 +2,23 @@
 
 import math
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Proxy
 
 from fused_bce.checks import (
+    autocast_casts,
     check_chunk_bytes,
     check_floats,
     check_reduction_to_scalar,
     check_targets,
 )
-from fused_bce.coverage import are_shards, log_once, why_not_linear
-from fused_bce.head import on_whole_logits
-from fused_bce.linear_operator import linear_loss, operator_arguments
-from fused_bce.registrations import ops, record_call
-from fused_bce.sparse import SparseTarget
+from fused_bce.linear_call import LinearCall
+from fused_bce.linear_operator import evaluate_linear
+from fused_bce.registrations import record_call
+from fused_bce.sparse import SparseTarget, check_tensor
 
 _NUMBERS = (Real, torch.SymInt, torch.SymFloat)
 
@@ -84,107 +84,49 @@ def pairwise_sigmoid_loss(
     check_reduction_to_scalar(reduction)
     chunk_bytes = check_chunk_bytes(chunk_bytes)
     check_pairs(*operands)
-    target = _target(positives, input1, input2)
+    target = make_target(positives, input1, input2)
     # A pair whose value is nan is left out.
-    ignore_index = math.nan if target.has_floats() else None
+    ignored = math.nan if target.has_floats() else None
     values = target.read_values() if validate_targets else None
     if values is not None:
-        check_targets(values, ignore_index)
-    pairs = PairwiseOperands.of(*operands, chunk_bytes, reduction, target, ignore_index)
-    layer = pairs.scaled, input2, target
-    options: dict[str, Any] = {
-        "linear_bias": pairs.bias,
-        "weight": None,
-        "pos_weight": None,
-        "reduction": reduction,
-        "label_smoothing": 0.0,
-        "ignore_index": ignore_index,
-    }
-    reason = why_not_linear(pairs.scaled, input2, pairs.bias, target, None, None)
-    if reason is not None:
-        if not torch.compiler.is_compiling():
-            log_once(reason)
-        scaled, weight, options["linear_bias"] = pairs.as_a_layer_has_them(input2)
-        return on_whole_logits(scaled, weight, target, options)
-    if are_shards(pairs.scaled, input2):
-        from fused_bce.sharded import loss_of_shards
-
-        return loss_of_shards(*layer, options, pairs.arguments)
-    return linear_loss(*layer, options, pairs.arguments)
+        check_targets(values, ignored)
+    call = as_linear_call(
+        *operands, target, reduction=reduction, ignore_index=ignored, chunk_bytes=chunk_bytes
+    )
+    return evaluate_linear(call)
 
 
-class PairwiseOperands(NamedTuple):
+def as_linear_call(
+    input1: Tensor,
+    input2: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None,
+    target: SparseTarget,
+    **options: Any,
+) -> LinearCall:
     """Pairs as a linear layer: one input, scaled, is its input, the other its weight."""
-
     # In float32 for half types, as the gradient of the scale is a sum over it; the operator rounds
     # it to their dtype.
-    scaled: Tensor
-    bias: Tensor | None  # (M,)
-    arguments: dict[str, Any]
-
-    @classmethod
-    def of(
-        cls,
-        input1: Tensor,
-        input2: Tensor,
-        logit_scale: float | Tensor,
-        logit_bias: float | Tensor | None,
-        chunk_bytes: int | None,
-        reduction: str = "batchmean",
-        target: SparseTarget | None = None,
-        ignore_index: float | None = None,
-    ) -> "PairwiseOperands":
-        wide = torch.float64 if input1.dtype == torch.float64 else torch.float32
-        scaled = input1.to(wide) * _of_dtype(logit_scale, wide)
-        bias = None
-        if logit_bias is not None:
-            # A product: a copy to a GPU would wait, and of torch.full a compiler may make a
-            # constant (see scalars.py).
-            ones = torch.ones((), dtype=wide, device=input2.device)
-            bias = (ones * _of_dtype(logit_bias, wide)).expand(input2.shape[0])
-        arguments = operator_arguments(
-            scaled, input2, reduction, target, 0.0, ignore_index, chunk_bytes
-        )
-        dtype = logits_dtype(input1, input2)
-        arguments["dtype"] = dtype if (dtype, input2.dtype) != (wide, wide) else None
-        return cls(scaled, bias, arguments)
-
-    def as_a_layer_has_them(self, input2: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Both inputs and the bias, in the dtype of the logits."""
-        dtype = self.arguments["dtype"] or self.scaled.dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return self.scaled.to(dtype), input2.to(dtype), bias
-
-    def loss_and_grads(
-        self, input2: Tensor, positives: str | None, wanted: list[bool]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The loss, and its gradients in float32 or float64 for those that are wanted."""
-        target = _target(positives, self.scaled, input2)
-        return ops._linear_binary_cross_entropy_with_grads(
-            wanted,
-            None,
-            self.scaled,
-            input2.to(self.scaled.dtype),
-            self.bias,
-            target.indices,
-            target.offsets,
-            **self.arguments,
-        )
+    wide = torch.float64 if input1.dtype == torch.float64 else torch.float32
+    scaled = input1.to(wide) * _of_dtype(logit_scale, wide)
+    bias = None
+    if logit_bias is not None:
+        # A product: a copy to a GPU would wait, and of torch.full a compiler may make a
+        # constant (see scalars.py).
+        ones = torch.ones((), dtype=wide, device=input2.device)
+        bias = (ones * _of_dtype(logit_bias, wide)).expand(input2.shape[0])
+    dtype: torch.dtype | None = logits_dtype(input1, input2)
+    if (dtype, input2.dtype) == (wide, wide):
+        dtype = None
+    # A float that is left to its default would be an input of a compiled graph.
+    return LinearCall(scaled, input2, bias, target, label_smoothing=0.0, dtype=dtype, **options)
 
 
 def logits_dtype(input1: Tensor, input2: Tensor) -> torch.dtype:
     """That of the inputs, or autocast's, as a layer's: float64 stays what it is."""
-    if _autocasts(input1, input2):
+    if autocast_casts(input1, input2):
         return torch.get_autocast_dtype(input1.device.type)
     return input1.dtype
-
-
-def _autocasts(*inputs: Tensor) -> bool:
-    device = inputs[0].device.type
-    # The meta device has no autocast to ask for.
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return False
-    return all(t.dtype != torch.float64 for t in inputs)
 
 
 def _of_dtype(number: float | Tensor, dtype: torch.dtype) -> float | Tensor:
@@ -198,8 +140,7 @@ def check_pairs(
     logit_bias: float | Tensor | None,
 ) -> None:
     for name, features in (("input1", input1), ("input2", input2)):
-        if not isinstance(features, Tensor):
-            raise TypeError(f"{name} must be a tensor, not {type(features).__name__}")
+        check_tensor(name, features)
         check_floats(name, features)
     if input1.dim() != 2 or input2.dim() != 2 or input1.shape[1] != input2.shape[1]:
         raise RuntimeError(
@@ -208,7 +149,7 @@ def check_pairs(
         )
     if input1.device != input2.device:
         raise RuntimeError(f"inputs are on {input1.device} and {input2.device}")
-    if input1.dtype != input2.dtype and not _autocasts(input1, input2):
+    if input1.dtype != input2.dtype and not autocast_casts(input1, input2):
         raise RuntimeError(f"inputs have dtypes {input1.dtype} and {input2.dtype}")
     _check_number("logit_scale", logit_scale, input1)
     if logit_bias is not None:
@@ -230,7 +171,7 @@ def _check_number(name: str, number: float | Tensor, beside: Tensor) -> None:
         raise RuntimeError(f"{name} is on {number.device}, the inputs on {beside.device}")
 
 
-def _target(positives, input1: Tensor, input2: Tensor) -> SparseTarget:
+def make_target(positives, input1: Tensor, input2: Tensor) -> SparseTarget:
     rows, labels = input1.shape[0], input2.shape[0]
     if isinstance(positives, SparseTarget):
         if tuple(positives.shape) != (rows, labels):

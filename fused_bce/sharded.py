@@ -1,46 +1,39 @@
 """The linear head on the shards of DTensors: neither the weight nor logits nor labels travel."""
 
 import math
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from fused_bce.dtypes import MEAN
-from fused_bce.linear_operator import linear_loss
+from fused_bce.linear_call import LinearCall
+from fused_bce.linear_operator import compute_loss, operator_arguments
 from fused_bce.registrations import ops, whole
-from fused_bce.scalars import scalar_operand
+from fused_bce.scalars import index_or_nan, scalar_operand
 from fused_bce.sparse import SparseTarget
 
-_WEIGHTS = ("weight", "pos_weight")
 
-
-def loss_of_shards(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor | SparseTarget,
-    operands: dict[str, Tensor | None],
-    arguments: dict[str, Any],
-) -> DTensor:
+def loss_of_shards(call: LinearCall, divisor: Tensor | None) -> DTensor:
     """The loss, a partial sum in each process, as its gradients are that are not sharded.
 
     Along each dimension of the mesh the labels are sharded if the weight is, else the rows if the
     input is, else nothing.
     """
-    shards = _Shards(input, linear_weight)
-    bias = operands["linear_bias"]
-    local_operands = {name: shards.of_weight(operands[name]) for name in _WEIGHTS}
-    local_operands["linear_bias"] = None if bias is None else shards.of(bias, labels=0)
-    if arguments["divisor"] is None and arguments["reduction"] == MEAN:
-        arguments = arguments | {"divisor": shards.count(target, arguments)}
-    loss = linear_loss(
-        shards.of(input, rows=0),
-        shards.of(linear_weight, labels=0),
-        shards.of_target(target),
-        local_operands,
-        arguments,
+    input, target = call.matrices()
+    shards = _Shards(input, call.linear_weight)
+    if divisor is None and call.reduction == "mean":
+        divisor = shards.count(target, call.ignore_index)
+    bias = call.linear_bias
+    of_this_process = call._replace(
+        input=shards.of(input, rows=0),
+        linear_weight=shards.of(call.linear_weight, labels=0),
+        linear_bias=None if bias is None else shards.of(bias, labels=0),
+        target=shards.of_target(target),
+        weight=shards.of_weight(call.weight),
+        pos_weight=shards.of_weight(call.pos_weight),
     )
+    loss = compute_loss(*operator_arguments(of_this_process, divisor))
     return DTensor.from_local(loss, shards.mesh, shards.placements(None, None, Partial()))
 
 
@@ -109,13 +102,13 @@ class _Shards:
             begin, size = begin + before, min(chunk, size - before)
         return begin, size
 
-    def count(self, target: Tensor | SparseTarget, arguments: dict[str, Any]) -> Tensor:
+    def count(self, target: Tensor | SparseTarget, ignored: int | float | None) -> Tensor:
         """What mean divides by: for each process the same."""
-        ignored = arguments["ignore_index"], arguments["ignore_nan"]
-        if isinstance(target, SparseTarget) or ignored == (None, False):
+        if isinstance(target, SparseTarget) or ignored is None:
             elements = self.shape[0] * self.shape[1]
             # Of nothing it is nan, as a divisor of 0 would count as 1.
             beside = target.offsets if isinstance(target, SparseTarget) else target
             return scalar_operand(elements if elements != 0 else math.nan, beside)
-        kept = ops._count_unignored(self.distributed(target).detach(), *ignored)
+        target = self.distributed(target).detach()
+        kept = ops._count_unignored(target, *index_or_nan(ignored))
         return cast(DTensor, whole(kept)).to_local()

@@ -10,8 +10,15 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from fused_bce.coverage import are_shards
-from fused_bce.pairwise import PairwiseOperands, check_pairs, logits_dtype, pairwise_sigmoid_loss
-from fused_bce.registrations import outside_graphs, record_call
+from fused_bce.linear_operator import divisor_of, operator_arguments
+from fused_bce.pairwise import (
+    as_linear_call,
+    check_pairs,
+    logits_dtype,
+    make_target,
+    pairwise_sigmoid_loss,
+)
+from fused_bce.registrations import ops, outside_graphs, record_call
 from fused_bce.sparse import as_integer
 
 
@@ -134,23 +141,25 @@ def _over_processes(
     exchange = partial(_EXCHANGES[dist_impl], rank=rank, world_size=world_size)
     # Collectives pass on memory, whatever the strides; and the gradient has those of the features.
     text = text.contiguous()
-    pairs = PairwiseOperands.of(image, text, logit_scale, logit_bias, chunk_bytes)
+    operands = image, text, logit_scale, logit_bias, make_target("diagonal", image, text)
+    call = as_linear_call(*operands, reduction="batchmean", chunk_bytes=chunk_bytes)
     differentiates = torch.is_grad_enabled()  # forward of a torch.autograd.Function would not see
-    operands = pairs.scaled, text, pairs.bias
-    return _LossOverProcesses.apply(*operands, pairs, exchange, differentiates)
+    differentiable = call.input, text, call.linear_bias
+    return _LossOverProcesses.apply(*differentiable, call, exchange, differentiates)
 
 
 class _LossOverProcesses(torch.autograd.Function):
     """Loss and gradients, all in forward, so that no features have to wait for backward."""
 
     @staticmethod
-    def forward(ctx, scaled, text, bias, pairs, exchange, differentiates):
+    def forward(ctx, scaled, text, bias, call, exchange, differentiates):
         wanted = [needed and differentiates for needed in ctx.needs_input_grad[:3]]
-        loss, grad_scaled, grad_text, grad_bias = pairs.loss_and_grads(text, "diagonal", wanted)
+        loss, grad_scaled, grad_text, grad_bias = _loss_and_grads(call, text, call.target, wanted)
 
         def grad_of(features):
             """Adds up all but the gradient of the features."""
-            part, of_scaled, grad, of_bias = pairs.loss_and_grads(features, None, wanted)
+            no_pair = make_target(None, call.input, features)
+            part, of_scaled, grad, of_bias = _loss_and_grads(call, features, no_pair, wanted)
             loss.add_(part)
             grad_scaled.add_(of_scaled)
             grad_bias.add_(of_bias)
@@ -181,6 +190,13 @@ class _LossOverProcesses(torch.autograd.Function):
             for grad, is_wanted in zip(ctx.saved_tensors, wanted, strict=False)
         )
         return scaled, None if text is None else text.to(ctx.text_dtype), bias, None, None, None
+
+
+def _loss_and_grads(call, text, target, wanted) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For these texts. The gradients that are wanted are in float32 or float64."""
+    call = call._replace(linear_weight=text.to(call.input.dtype), target=target)
+    arguments = operator_arguments(call, divisor_of(call))
+    return ops._linear_binary_cross_entropy_with_grads(wanted, None, *arguments)
 
 
 def _check_equal_everywhere(grad_loss: Tensor) -> None:

@@ -162,7 +162,7 @@ class SparseTarget(NamedTuple):
                 f"{tuple(rows.shape)} and {tuple(columns.shape)}"
             )
         if values is not None:
-            _check_tensor("values", values)
+            check_tensor("values", values)
             if values.shape != rows.shape:
                 raise ValueError(
                     f"values must be as many as rows, {len(rows)}, not {_what(values)}"
@@ -265,7 +265,7 @@ class SparseTarget(NamedTuple):
         if not _is_int(num_labels):
             raise TypeError(f"num_labels must be an integer, not {num_labels!r}")
         if values is not None:
-            _check_tensor("values", values)
+            check_tensor("values", values)
             if values.dtype not in TARGETS:
                 raise TypeError(f"values must be of a dtype that a loss takes, not {values.dtype}")
         if torch.jit.is_tracing():
@@ -477,13 +477,13 @@ def _count(name: str, n: int) -> int:
     return n
 
 
-def _check_tensor(name: str, t: Tensor) -> None:
+def check_tensor(name: str, t: object) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, not {_what(t)}")
 
 
 def _check_integers(name: str, t: Tensor) -> None:
-    _check_tensor(name, t)
+    check_tensor(name, t)
     if t.is_floating_point() or t.is_complex() or t.dtype is torch.bool:
         raise TypeError(f"{name} must be of integers, not {t.dtype}")
 

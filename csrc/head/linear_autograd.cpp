@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <iterator>
 
 #include "../composite.h"
 #include "../saved_arguments.h"
@@ -93,23 +94,21 @@ struct LinearBCEWithLogitsFunction : torch::autograd::Function<LinearBCEWithLogi
 }  // namespace
 
 Tensor linear_autograd(const LinearOperands& o) {
-  const auto differentiates = [](const OptionalTensor& t) { return t && t->requires_grad(); };
+  const OptionalTensor layer[] = {o.input, o.linear_weight, o.linear_bias};
   const OptionalTensor constants[] = {o.target,     o.values,          o.weight,
                                       o.pos_weight, o.label_smoothing, o.divisor};
-  const auto check_tangent = [](const OptionalTensor& t) {
-    TORCH_CHECK_NOT_IMPLEMENTED(
-        !t || !has_tangent(*t),
-        "fused_bce has no forward-mode derivative; fused_bce.functional leaves it to torch");
+  const auto any = [](const auto& tensors, const auto& is) {
+    return std::any_of(std::begin(tensors), std::end(tensors),
+                       [&](const OptionalTensor& t) { return t && is(*t); });
   };
-  for (const OptionalTensor& t :
-       {OptionalTensor(o.input), OptionalTensor(o.linear_weight), o.linear_bias})
-    check_tangent(t);
-  for (const OptionalTensor& t : constants) check_tangent(t);
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !any(layer, has_tangent) && !any(constants, has_tangent),
+      "fused_bce has no forward-mode derivative; fused_bce.functional leaves it to torch");
   if (at::GradMode::is_enabled()) {
-    for (const OptionalTensor& t : constants)
-      TORCH_CHECK(!differentiates(t), "The function '", Linear::kName,
-                  "' is differentiable with respect to input, linear_weight and linear_bias only.");
-    if (o.input.requires_grad() || o.linear_weight.requires_grad() || differentiates(o.linear_bias))
+    const auto requires_grad = [](const Tensor& t) { return t.requires_grad(); };
+    TORCH_CHECK(!any(constants, requires_grad), "The function '", Linear::kName,
+                "' is differentiable with respect to input, linear_weight and linear_bias only.");
+    if (any(layer, requires_grad))
       return LinearBCEWithLogitsFunction::apply(o.input, o.linear_weight, o.linear_bias, o);
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;

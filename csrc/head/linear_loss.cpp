@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string>
 
 #include "../cpu/isa.h"
 #include "../operands.h"
@@ -217,11 +218,8 @@ class LinearLossCall {
 
   LinearLoss results() {
     const Tensor loss = sum_ / host_divisor_;
-    if (late_divisor_.defined()) {
-      loss.div_(late_divisor_);
-      grad_input_.div_(late_divisor_);
-      grad_bias_.div_(late_divisor_);
-    }
+    if (late_divisor_.defined())
+      for (const Tensor& sum : {loss, grad_input_, grad_bias_}) sum.div_(late_divisor_);
     return {loss.to(o_.loss_dtype()), grad_input_, grad_weight_, grad_bias_};
   }
 
@@ -239,52 +237,40 @@ class LinearLossCall {
   Tensor grad_input_, grad_weight_, grad_bias_;
 };
 
-void check_weight(const char* name, const OptionalTensor& weight, const LinearOperands& o) {
-  if (!weight) return;
-  const auto rows = o.input.sym_size(0), labels = o.linear_weight.sym_size(0);
-  const auto is = [](const c10::SymInt& size, const c10::SymInt& wanted) {
-    return size == wanted || size == 1;
+// fused_bce.functional has checked most of this and said more: see fused_bce/checks.py.
+std::string misfit(const char* name, const Tensor& t, const LinearOperands& o) {
+  const auto describe = [](const Tensor& t) {
+    return c10::str(t.scalar_type(), " ", t.sym_sizes(), " on ", t.device());
   };
-  const bool fits =
-      weight->dim() == 0 || (weight->dim() == 1 && is(weight->sym_size(0), labels)) ||
-      (weight->dim() == 2 && ((weight->sym_size(0) == 1 && is(weight->sym_size(1), labels)) ||
-                              (weight->sym_size(1) == 1 && is(weight->sym_size(0), rows))));
-  TORCH_CHECK(fits, name, " has shape ", weight->sym_sizes(), ", but must be one number, one for ",
-              "each of ", labels, " labels, or of shape (", rows, ", 1), one for each row: there ",
-              "is no matrix of logits that it could weight");
+  return c10::str(name, " does not fit: it is ", describe(t), ", input ", describe(o.input),
+                  ", linear_weight ", describe(o.linear_weight));
 }
 
-// Of another dtype it may be where all are cast.
-void check_dtype(const char* name, const Tensor& t, const LinearOperands& o) {
-  const at::ScalarType type = t.scalar_type();
-  TORCH_CHECK(o.dtype ? at::isFloatingType(type) : type == o.input.scalar_type(),
-              "input has dtype ", o.input.scalar_type(), " but ", name, " ", type);
+bool has_weight_sizes(const Tensor& t, const c10::SymInt& rows, const c10::SymInt& labels) {
+  const auto is = [&](int64_t dim, const c10::SymInt& size) {
+    return t.sym_size(dim) == size || t.sym_size(dim) == 1;
+  };
+  return t.dim() == 0 || (t.dim() == 1 && is(0, labels)) ||
+         (t.dim() == 2 &&
+          ((t.sym_size(0) == 1 && is(1, labels)) || (t.sym_size(1) == 1 && is(0, rows))));
 }
 
-void check_device(const OptionalTensor& t, const Tensor& input, bool or_number) {
-  TORCH_CHECK(!t || t->device() == input.device() || (or_number && t->is_cpu() && t->dim() == 0),
-              "input is on ", input.device(), " but another operand on ", t->device());
-}
-
-void check_target(const LinearOperands& o) {
+void check_target(const LinearOperands& o, const c10::SymInt& rows, const c10::SymInt& labels) {
   TORCH_CHECK_VALUE(o.offsets || !o.values, "values go with offsets only");
-  const auto rows = o.input.sym_size(0), labels = o.linear_weight.sym_size(0);
   if (!o.offsets) {
-    TORCH_CHECK_VALUE(
-        o.target.dim() == 2 && o.target.sym_size(0) == rows && o.target.sym_size(1) == labels,
-        "Target size (", o.target.sym_sizes(), ") must be that of the logits ([", rows, ", ",
-        labels, "])");
+    TORCH_CHECK_VALUE(o.target.sym_sizes() == c10::SymIntArrayRef({rows, labels}),
+                      misfit("target", o.target, o));
     return;
   }
   TORCH_CHECK(o.target.dim() == 1 && at::isIntegralType(o.target.scalar_type(), false),
-              "label numbers must be a vector of integers");
+              misfit("target", o.target, o));
   TORCH_CHECK(o.offsets->scalar_type() == at::kLong && o.offsets->dim() == 1 &&
                   o.offsets->sym_size(0) == rows + 1,
-              "offsets must be int64 and of shape (", rows + 1, ",)");
+              misfit("offsets", *o.offsets, o));
   TORCH_CHECK(!o.values || o.values->sym_sizes() == o.target.sym_sizes(),
               "values must be as many as label numbers");
   TORCH_CHECK_VALUE(!o.ignore_index && (!o.ignore_nan || o.values),
-                    "ignore_index goes with dense targets, but for values that are nan");
+                    "with offsets goes no ignore_index, and ignore_nan with values only");
   // It would have to be told from the number of places that are not in the rows.
   TORCH_CHECK_VALUE(!o.ignore_nan || o.divisor || o.reduction != at::Reduction::Mean,
                     "the mean of sparse targets, some of them ignored, needs a divisor");
@@ -293,30 +279,42 @@ void check_target(const LinearOperands& o) {
 }  // namespace
 
 void check_linear(const LinearOperands& o, const OptionalTensor& grad_loss) {
-  TORCH_CHECK(o.input.dim() == 2 && o.linear_weight.dim() == 2 &&
-                  o.input.sym_size(1) == o.linear_weight.sym_size(1),
-              "input and linear_weight must be matrices with as many features, not of shapes ",
-              o.input.sym_sizes(), " and ", o.linear_weight.sym_sizes());
-  TORCH_CHECK(
-      !o.linear_bias ||
-          (o.linear_bias->dim() == 1 && o.linear_bias->sym_size(0) == o.linear_weight.sym_size(0)),
-      "linear_bias must have one number for each of ", o.linear_weight.sym_size(0), " labels");
   dtype_of("input", o.input.scalar_type());
   dtype_of("logits", o.logits_dtype());
-  check_dtype("linear_weight", o.linear_weight, o);
-  if (o.linear_bias) check_dtype("linear_bias", *o.linear_bias, o);
-  TORCH_CHECK_VALUE(
-      o.reduction == at::Reduction::Mean || o.reduction == at::Reduction::Sum,
-      "reduction must be mean or sum: the losses of all elements would be as many as the logits");
+  TORCH_CHECK_VALUE(o.reduction == at::Reduction::Mean || o.reduction == at::Reduction::Sum,
+                    "reduction must be mean or sum, not ", o.reduction);
   TORCH_CHECK_VALUE(o.chunk_bytes >= 0, "chunk_bytes must not be negative, as ", o.chunk_bytes);
-  const OptionalTensor others[] = {o.linear_weight, o.linear_bias, o.target, o.offsets, o.values};
-  for (const auto& t : others) check_device(t, o.input, /*or_number=*/false);
-  const OptionalTensor weights[] = {o.weight, o.pos_weight, o.label_smoothing, o.divisor,
-                                    grad_loss};
-  for (const auto& t : weights) check_device(t, o.input, /*or_number=*/true);
-  check_target(o);
-  check_weight("weight", o.weight, o);
-  check_weight("pos_weight", o.pos_weight, o);
+  const auto check = [&](const char* name, const OptionalTensor& t, const auto& fits) {
+    TORCH_CHECK(!t || fits(*t), misfit(name, *t, o));
+  };
+  const auto is_near = [&](const Tensor& t) { return t.device() == o.input.device(); };
+  const auto is_near_or_number = [&](const Tensor& t) {
+    return is_near(t) || (t.is_cpu() && t.dim() == 0);
+  };
+  // Of another dtype it may be where all are cast.
+  const auto is_of_layer = [&](const Tensor& t) {
+    const at::ScalarType type = t.scalar_type();
+    return is_near(t) && (o.dtype ? at::isFloatingType(type) : type == o.input.scalar_type());
+  };
+  check("linear_weight", o.linear_weight, [&](const Tensor& t) {
+    return is_of_layer(t) && o.input.dim() == 2 && t.dim() == 2 &&
+           t.sym_size(1) == o.input.sym_size(1);
+  });
+  const auto rows = o.input.sym_size(0), labels = o.linear_weight.sym_size(0);
+  check("linear_bias", o.linear_bias,
+        [&](const Tensor& t) { return is_of_layer(t) && t.dim() == 1 && t.sym_size(0) == labels; });
+  check("target", o.target, is_near);
+  check("offsets", o.offsets, is_near);
+  check("values", o.values, is_near);
+  check_target(o, rows, labels);
+  const auto is_weight = [&](const Tensor& t) {
+    return is_near_or_number(t) && has_weight_sizes(t, rows, labels);
+  };
+  check("weight", o.weight, is_weight);
+  check("pos_weight", o.pos_weight, is_weight);
+  check("label_smoothing", o.label_smoothing, is_near_or_number);
+  check("divisor", o.divisor, is_near_or_number);
+  check("grad_loss", grad_loss, is_near_or_number);
 }
 
 LinearLoss linear_loss(const LinearOperands& operands, Wanted wanted,

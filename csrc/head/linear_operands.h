@@ -41,8 +41,10 @@ using LinearGrads = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 // without: it is the gradient for that grad_loss.
 LinearLoss linear_loss(const LinearOperands& operands, Wanted wanted,
                        const OptionalTensor& grad_loss);
-inline at::Tensor linear_loss_only(const LinearOperands& operands) {
-  return std::get<0>(linear_loss(operands, {}, {}));
+// What runs for the loss alone, by what runs for all of it
+template <auto run>
+at::Tensor loss_only(const LinearOperands& operands) {
+  return std::get<0>(run(operands, {}, {}));
 }
 void check_linear(const LinearOperands& operands, const OptionalTensor& grad_loss);
 

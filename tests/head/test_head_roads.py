@@ -450,19 +450,36 @@ def bad_operator_calls():
     values = torch.ones(ROWS)
     yield {"target": torch.zeros(ROWS, LABELS), "values": values}, ValueError, "values go with"
     yield {"chunk_bytes": -1}, ValueError, "chunk_bytes must not be negative"
+    yield {"target": torch.zeros(ROWS, LABELS - 1)}, ValueError, "target does not fit"
+    for name, bad in {
+        "input": torch.zeros(FEATURES),
+        "linear_weight": torch.zeros(LABELS, FEATURES - 1),
+        "linear_bias": torch.zeros(LABELS - 1),
+        "offsets": rows.offsets[1:],
+        "values": values[1:],
+        "weight": torch.ones(ROWS, LABELS),
+        "pos_weight": torch.ones(LABELS - 1),
+    }.items():
+        misfit = "linear_weight" if name == "input" else name
+        yield {name: bad}, RuntimeError, f"{misfit} (does not fit|must be as many)"
+    on_meta = "does not fit: it is .* on meta, input .* on cpu"
     for name in ("linear_weight", "linear_bias", "offsets"):
         of = {"linear_weight": torch.zeros(LABELS, FEATURES), "linear_bias": torch.zeros(LABELS)}
         of["offsets"] = rows.offsets
-        yield {name: of[name].to("meta")}, RuntimeError, "another operand on meta"
+        yield {name: of[name].to("meta")}, RuntimeError, f"{name} {on_meta}"
     for name in ("weight", "pos_weight"):
         for size in ((), (LABELS,)):
-            yield {name: torch.ones(size, device="meta")}, RuntimeError, "another operand on meta"
+            yield {name: torch.ones(size, device="meta")}, RuntimeError, f"{name} {on_meta}"
     for name in ("label_smoothing", "divisor"):
-        yield {name: torch.ones((), device="meta")}, RuntimeError, "another operand on meta"
+        yield {name: torch.ones((), device="meta")}, RuntimeError, f"{name} {on_meta}"
     double = torch.zeros(LABELS).double()
-    yield {"linear_bias": double}, RuntimeError, "input has dtype Float but linear_bias Double"
+    yield {"linear_bias": double}, RuntimeError, "linear_bias does not fit: it is Double"
     whole = torch.zeros(LABELS).long()
-    yield {"linear_bias": whole, "dtype": torch.bfloat16}, RuntimeError, "but linear_bias Long"
+    yield (
+        {"linear_bias": whole, "dtype": torch.bfloat16},
+        RuntimeError,
+        "linear_bias does not fit: it is Long",
+    )
 
 
 CALLS = list(bad_operator_calls())
@@ -497,7 +514,7 @@ def test_operator_refuses_the_gradient_of_another_device():
         ROW.indices,
         ROW.offsets,
     )
-    with pytest.raises(RuntimeError, match="another operand on meta"):
+    with pytest.raises(RuntimeError, match="grad_loss does not fit"):
         GRADS([True, True, False], torch.ones((), device="meta"), *call)
 
 

@@ -180,6 +180,24 @@ def test_compiled(device):
         assert compiled(*features, *numbers).item() == pytest.approx(want, rel=1e-13)
 
 
+def test_a_compiled_call_is_not_smoothed(device):
+    """Not by a number that changes, either, as a default's is with dynamic=True."""
+    calls = []
+
+    def backend(module, _):
+        calls.extend(n for n in module.graph.nodes if n.target is LOSS)
+        return module
+
+    compiled = torch.compile(pairwise_sigmoid_loss, backend=backend, dynamic=True, fullgraph=True)
+    compiled(torch.ones(3, 4, device=device), torch.ones(5, 4, device=device), 2.0, -3.0)
+    (call,) = calls
+    operands = dict(zip((a.name for a in LOSS._schema.arguments), call.args, strict=False))
+    assert operands["label_smoothing"] is None
+
+
+LOSS = torch.ops.fused_bce.linear_binary_cross_entropy_with_logits.default
+
+
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=dtype_name)
 def test_autocast(half, device):
     leaves = draw((12, 12), device, torch.float32)

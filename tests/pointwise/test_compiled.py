@@ -96,7 +96,8 @@ def test_opcheck(case, dtype, reduction, device):
     rest = (weight, *case.own_operands({}), NUMBERS[reduction])
     extras = None, torch.tensor(0.1, dtype=torch.float64), 1
     operator, with_grad, backward = (
-        getattr(OPS, name.format(case.name)).default for name in ("{}", "_{}_with_grad", "_{}_backward")
+        getattr(OPS, name.format(case.name)).default
+        for name in ("{}", "_{}_with_grad", "_{}_backward")
     )
     opcheck(operator, (logits.clone().requires_grad_(), target, *rest, *extras))
     opcheck(with_grad, (logits, target, *rest, *extras))
