@@ -3,7 +3,7 @@
     python .ci/check_sass.py fused_bce/_C*.so
 
 For float32 and bfloat16, with targets of the same dtype, bool or int64, each variant of the kernel
-but the general one (of the other losses the plain one, with targets of the same dtype), and each GPU
+but the general one (of other losses the plain one, with targets of the same dtype), and each GPU
 architecture in the build: the loop that does the work must load and store 128 bits at a time, use
 no local memory (so no register is spilled), and take few instructions an element; the last block
 must have many of the sums it adds up under way. Needs cuobjdump and nvdisasm (from PyPI:
