@@ -66,7 +66,9 @@ def define_varifocal(math, p, not_p, t, alpha=0.75, gamma=2.0):
     return math.where(t > 0, t, alpha * p**gamma), entropy(math, p, not_p, t)
 
 
-def define_asymmetric(math, p, not_p, t, gamma_neg=4.0, gamma_pos=1.0, clip=0.05, *, pos_weight=None):
+def define_asymmetric(
+    math, p, not_p, t, gamma_neg=4.0, gamma_pos=1.0, clip=0.05, *, pos_weight=None
+):
     """timm's AsymmetricLossMultiLabel, without its eps"""
     negative = math.at_most(not_p + clip, 1)
     wrong = 1 - p * t - negative * (1 - t)
@@ -111,7 +113,9 @@ class LossCase:
 
     @property
     def _parameters(self) -> list[str]:
-        (names,) = ([p[0] for p in parameters] for n, _, parameters in _C.losses() if n == self.name)
+        (names,) = (
+            [p[0] for p in parameters] for n, _, parameters in _C.losses() if n == self.name
+        )
         return names
 
     @property
@@ -162,8 +166,8 @@ class LossCase:
             return losses.sum() / count
         return losses if reduction == "none" else losses.sum()
 
-    def exact(self, x: float, t: float, options) -> tuple[mpmath.mpf, mpmath.mpf]:
-        """Loss and derivative of one element to 40 digits, for a finite logit."""
+    def exact(self, x: float, t: float, options) -> tuple[mpmath.mpf, mpmath.mpf, mpmath.mpf]:
+        """Loss, derivative and weight of one element to 40 digits, for a finite logit."""
         return _exact(self.definition, x, t, tuple(sorted(options.items())))
 
 
@@ -185,7 +189,7 @@ def _exact(definition, x, t, options):
             slope = weight * (after[1] - before[1])
         else:
             slope = after[0] * after[1] - before[0] * before[1]
-        return +(weight * losses), +(slope / (2 * step))
+        return +(weight * losses), +(slope / (2 * step)), +mpmath.mpf(weight)
 
 
 POS_WEIGHT = torch.linspace(0.5, 2, 5)

@@ -116,9 +116,7 @@ def test_any_dtypes(case, logits_dtype, target_dtype, device):
 
 def check_call(case, reduction, logits_dtype, target_dtype, options, device):
     logits, target, options = batch(device, options, logits_dtype, target_dtype)
-    got = evaluate(
-        case.function, logits, target, reduction=reduction, target_grad=True, **options
-    )
+    got = evaluate(case.function, logits, target, reduction=reduction, target_grad=True, **options)
     want = exact(case, logits, target, options, reduction)
     assert got.loss.dtype is torch.promote_types(logits_dtype, target_dtype)
     assert got.grad_logits.dtype is logits_dtype

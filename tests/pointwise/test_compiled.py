@@ -96,7 +96,8 @@ def test_opcheck(case, dtype, reduction, device):
     rest = (weight, *case.own_operands({}), NUMBERS[reduction])
     extras = None, torch.tensor(0.1, dtype=torch.float64), 1
     operator, with_grad, backward = (
-        getattr(OPS, name.format(case.name)).default for name in ("{}", "_{}_with_grad", "_{}_backward")
+        getattr(OPS, name.format(case.name)).default
+        for name in ("{}", "_{}_with_grad", "_{}_backward")
     )
     opcheck(operator, (logits.clone().requires_grad_(), target, *rest, *extras))
     opcheck(with_grad, (logits, target, *rest, *extras))
@@ -127,10 +128,11 @@ def test_numbers_that_vary(case, device):
         # other.
         return p * case.function(x * 1.0, t, reduction="sum", **numbers_at(p))
 
+    # Each is another multiple of p, and none is a constant.
+    factors = {name: (i + 1) / 4 for i, name in enumerate(case.floats)} | {"label_smoothing": 0.2}
+
     def numbers_at(p):
-        # Each is another multiple of p, and none is a constant.
-        factors = {name: (i + 1) / 4 for i, name in enumerate(case.floats)}
-        return {name: p * factor for name, factor in factors.items()} | {"label_smoothing": p / 5}
+        return {name: p * factor for name, factor in factors.items()}
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     logits, target, _ = batch(device, {})
