@@ -166,8 +166,8 @@ class LossCase:
             return losses.sum() / count
         return losses if reduction == "none" else losses.sum()
 
-    def exact(self, x: float, t: float, options) -> tuple[mpmath.mpf, mpmath.mpf]:
-        """Loss and derivative of one element to 40 digits, for a finite logit."""
+    def exact(self, x: float, t: float, options) -> tuple[mpmath.mpf, mpmath.mpf, mpmath.mpf]:
+        """Loss, derivative and weight of one element to 40 digits, for a finite logit."""
         return _exact(self.definition, x, t, tuple(sorted(options.items())))
 
 
@@ -189,7 +189,7 @@ def _exact(definition, x, t, options):
             slope = weight * (after[1] - before[1])
         else:
             slope = after[0] * after[1] - before[0] * before[1]
-        return +(weight * losses), +(slope / (2 * step))
+        return +(weight * losses), +(slope / (2 * step)), +mpmath.mpf(weight)
 
 
 POS_WEIGHT = torch.linspace(0.5, 2, 5)

@@ -128,10 +128,11 @@ def test_numbers_that_vary(case, device):
         # other.
         return p * case.function(x * 1.0, t, reduction="sum", **numbers_at(p))
 
+    # Each is another multiple of p, and none is a constant.
+    factors = {name: (i + 1) / 4 for i, name in enumerate(case.floats)} | {"label_smoothing": 0.2}
+
     def numbers_at(p):
-        # Each is another multiple of p, and none is a constant.
-        factors = {name: (i + 1) / 4 for i, name in enumerate(case.floats)}
-        return {name: p * factor for name, factor in factors.items()} | {"label_smoothing": p / 5}
+        return {name: p * factor for name, factor in factors.items()}
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     logits, target, _ = batch(device, {})
