@@ -431,8 +431,9 @@ void launch_formula(const Arguments& a, const Workspace& workspace, unsigned blo
 template <class L, class T>
 void launch_pair(const Arguments& a, const Workspace& workspace, unsigned blocks,
                  cudaStream_t stream) {
-  with_formula(a.problem, [&](const auto& formula) {
-    using Formula = std::decay_t<decltype(formula)>;
+  // By its type: a formula is made on the device only.
+  with_formula_at(a.problem.formula, [&](auto type) {
+    using Formula = typename decltype(type)::type;
     // Each pair costs ten kernels: other losses have those with targets like the logits, and one
     // for all others.
     constexpr bool kOwn = std::is_same_v<Formula, BinaryCrossEntropy> || std::is_same_v<L, T>;

@@ -1,81 +1,92 @@
-"""The interpreter's run of every loss's kernels, against torch in float64.
+"""Every loss's kernels on an interpreter of their PTX, against torch in float64.
 
     python tests/ptx/losses.py INTERPRETER
 
-Of the table in tests/loss_cases.py, with the interpreter's own checks of races and
-accesses. Exits with 1 if results are wrong.
+For the losses of tests/loss_cases.py, with the interpreter's own checks of races and accesses.
+Exits with 1 if results are wrong.
 """
 
 import ctypes
+import functools
+import itertools
+import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(sys.argv[1]).resolve()))
-
-from loss_cases import LOSSES
-from project import Device, Problem, decode, encode
-
-import build
 
 ROOT = Path(__file__).resolve().parents[2]
-# Each larger than a chunk of one block; float16 computes its gradient in another pass.
-NUMEL = 9000
+sys.path.insert(0, str(Path(sys.argv[1]).resolve()))
+
+from project import Device, Problem, decode, encode  # noqa: E402
+
+import build  # noqa: E402
+
+NUMEL = 9000  # more than the chunk of one block
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-# Units in the last place of the largest value, as in the tests on other devices
+# Units of the largest value, as in the tests on other devices
 ROUNDINGS = 16
 
 
-def exact(case, options, logits, target, reduction):
-    x = torch.from_numpy(logits).requires_grad_()
-    loss = case.reference(x, torch.from_numpy(target), reduction=reduction, **options)
-    (grad,) = torch.autograd.grad(loss.sum(), x)
-    return loss.detach().numpy(), grad.numpy()
+@functools.cache
+def device() -> Device:
+    return Device(build.build(ROOT, "compute_90"))
 
 
-def largest_error(got, want, dtype):
-    epsilon = torch.finfo(getattr(torch, dtype)).eps
-    return np.abs(got - want).max() / (epsilon * np.abs(want).max())
+def run(name: str, numbers: list[float], problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """Loss and gradient. In a process without this package's own module, whose symbols are the
+    same."""
+    if not device().lib.face_choose_formula(name.encode(), (ctypes.c_double * 4)(*numbers)):
+        raise LookupError(name)
+    result = device().launch(problem)
+    return decode(result.loss, problem.loss_dtype), decode(result.grad, problem.logits_dtype)
 
 
-def wrong(device, case, options, dtype, reduction):
-    """What is wrong, if anything."""
+def draw(dtype: str, reduction: str) -> Problem:
     rng = np.random.default_rng(0)
-    stored = encode(rng.normal(0, 4, NUMEL), dtype)
-    target = encode(np.where(rng.random(NUMEL) < 0.5, rng.random(NUMEL).round(), 0.3), dtype)
-    problem = Problem(stored, dtype, target, dtype, reduction=reduction, loss_dtype=dtype)
-    own = (number for number in case.own_operands(options) if number is not None)
-    numbers = (ctypes.c_double * 4)(*own)
-    if not device.lib.face_choose_formula(case.name.encode(), numbers):
-        return "no such formula"
-    result = device.launch(problem)
-    logits, targets = (decode(t, dtype).astype(np.float64) for t in (stored, target))
-    loss, grad = exact(case, options, logits, targets, reduction)
-    for name, got, want in (("loss", result.loss, loss), ("grad", result.grad, grad)):
-        error = largest_error(decode(got, dtype), want, dtype)
-        if not error <= ROUNDINGS:
-            return f"{name} is off by {error:.1f} units of the last place of the largest"
-    return None
+    target = np.where(rng.random(NUMEL) < 0.5, rng.random(NUMEL).round(), rng.random(NUMEL))
+    logits, target = encode(rng.normal(0, 4, NUMEL), dtype), encode(target, dtype)
+    return Problem(logits, dtype, target, dtype, reduction=reduction, loss_dtype=dtype)
 
 
 def main() -> int:
-    device = Device(build.build(ROOT, "compute_90"))
-    found = 0
-    for case in LOSSES:
-        for options in case.options.values():
-            if not case.numbers.keys() >= options.keys():
-                continue  # operands, which check.py has of cross entropy
-            for dtype in DTYPES:
-                for reduction in ("sum", "none"):
-                    what = wrong(device, case, options, dtype, reduction)
-                    found += what is not None
-                    if what:
-                        print(case.name, options, dtype, reduction, what)
-    print(f"{found} wrong")
-    return 1 if found else 0
+    sys.path.insert(0, str(ROOT / "tests"))
+    import torch
+    from loss_cases import LOSSES
+
+    def exact(case, options, problem):
+        logits, target = (
+            torch.from_numpy(decode(stored, problem.logits_dtype).astype(np.float64))
+            for stored in (problem.logits, problem.target)
+        )
+        loss = case.reference(logits.requires_grad_(), target, reduction="none", **options)
+        (grad,) = torch.autograd.grad(loss.sum(), logits)
+        return (loss if problem.reduction == "none" else loss.sum()).detach(), grad
+
+    cases = [
+        (case, options, draw(dtype, reduction))
+        for case in LOSSES
+        for options in case.options.values()
+        if options.keys() <= case.numbers.keys()  # check.py has the operands, of cross entropy
+        for dtype, reduction in itertools.product(DTYPES, ("sum", "none"))
+    ]
+    build.build(ROOT, "compute_90")
+    wrong = 0
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        runs = []
+        for case, options, problem in cases:
+            numbers = [number for number in case.own_operands(options) if number is not None]
+            runs.append(pool.submit(run, case.name, numbers, problem))
+        for (case, options, problem), future in zip(cases, runs, strict=True):
+            epsilon = torch.finfo(getattr(torch, problem.logits_dtype)).eps
+            for got, want in zip(future.result(), exact(case, options, problem), strict=True):
+                units = np.abs(got - want.numpy()).max() / (epsilon * want.abs().max().item())
+                if not units <= ROUNDINGS:
+                    wrong += 1
+                    print(case.name, options, problem.logits_dtype, problem.reduction, units)
+    print(f"{len(cases)} runs, {wrong} results wrong")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
