@@ -444,6 +444,16 @@ def test_func_transforms(extras, target_dtype, transform, device):
     torch.testing.assert_close(got, exact)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean"])
+def test_nothing_left_to_torch(reduction, device):
+    """0, as the kernels' loss: a mean of no elements would be nan."""
+    logits, target = logits_of((3, 4), device), torch.ones(3, 4, device=device)
+    options = {"reduction": reduction, "ignore_index": 1}
+    grad, loss = torch.func.grad_and_value(lambda x: fused(x, target, **options))(logits)
+    assert loss == fused(logits, target, **options) == 0
+    assert (grad == 0).all()
+
+
 @by_reduction
 @by_extras
 def test_vmap(extras, reduction, device):
