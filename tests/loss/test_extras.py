@@ -454,6 +454,16 @@ def test_nothing_left_to_torch(reduction, device):
     assert (grad == 0).all()
 
 
+@pytest.mark.parametrize("extras", [{}, {"ignore_index": 1}], ids=["plain", "ignore_index"])
+def test_batchmean_left_to_torch(extras, device):
+    """The sum by the number of rows."""
+    logits, target = logits_of((3, 4), device, DOUBLE), hard((3, 4), device, torch.int64)
+    loss = torch.func.grad_and_value(lambda x: fused(x, target, reduction="batchmean", **extras))
+    total = torch.func.grad_and_value(lambda x: by_torch(x, target, reduction="sum", **extras))
+    for got, exact in zip(loss(logits), total(logits), strict=True):
+        assert_double_close(got, exact / 3)
+
+
 @by_reduction
 @by_extras
 def test_vmap(extras, reduction, device):
