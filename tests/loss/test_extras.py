@@ -444,6 +444,26 @@ def test_func_transforms(extras, target_dtype, transform, device):
     torch.testing.assert_close(got, exact)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean"])
+def test_nothing_left_to_torch(reduction, device):
+    """0, as the kernels' loss: a mean of no elements would be nan."""
+    logits, target = logits_of((3, 4), device), torch.ones(3, 4, device=device)
+    options = {"reduction": reduction, "ignore_index": 1}
+    grad, loss = torch.func.grad_and_value(lambda x: fused(x, target, **options))(logits)
+    assert loss == fused(logits, target, **options) == 0
+    assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("extras", [{}, {"ignore_index": 1}], ids=["plain", "ignore_index"])
+def test_batchmean_left_to_torch(extras, device):
+    """The sum by the number of rows."""
+    logits, target = logits_of((3, 4), device, DOUBLE), hard((3, 4), device, torch.int64)
+    loss = torch.func.grad_and_value(lambda x: fused(x, target, reduction="batchmean", **extras))
+    total = torch.func.grad_and_value(lambda x: by_torch(x, target, reduction="sum", **extras))
+    for got, exact in zip(loss(logits), total(logits), strict=True):
+        assert_double_close(got, exact / 3)
+
+
 @by_reduction
 @by_extras
 def test_vmap(extras, reduction, device):
