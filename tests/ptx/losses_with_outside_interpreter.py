@@ -1,6 +1,6 @@
 """Every loss's kernels on an interpreter of their PTX, against torch in float64.
 
-    python tests/ptx/losses.py INTERPRETER
+    python tests/ptx/losses_with_outside_interpreter.py INTERPRETER
 
 For the losses of tests/loss_cases.py, with the interpreter's own checks of races and accesses.
 Exits with 1 if results are wrong.
