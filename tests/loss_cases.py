@@ -47,13 +47,26 @@ def define_bce(math, p, not_p, t, *, pos_weight=None):
     return 1, entropy(math, p, not_p, t, pos_weight)
 
 
-def define_focal(math, p, not_p, t, alpha=0.25, gamma=2.0, *, gamma_neg=None):
-    """torchvision.ops.sigmoid_focal_loss, with the exponents of Ben-Baruch et al., 2020."""
+def define_focal(
+    math,
+    p,
+    not_p,
+    t,
+    alpha=0.25,
+    gamma=2.0,
+    *,
+    gamma_neg=None,
+    entropy_smoothing=0,
+    pos_weight=None,
+):
+    """torchvision.ops.sigmoid_focal_loss, with the exponents of Ben-Baruch et al., 2020, effdet's
+    smoothing and kornia's pos_weight."""
     exponent = gamma if gamma_neg is None else gamma * t + gamma_neg * (1 - t)
     weight = (not_p * t + p * (1 - t)) ** exponent  # 1 - p_t
     if alpha >= 0:
         weight = weight * (alpha * t + (1 - alpha) * (1 - t))
-    return weight, entropy(math, p, not_p, t)
+    smoothed = t * (1 - entropy_smoothing) + entropy_smoothing / 2
+    return weight, entropy(math, p, not_p, smoothed, pos_weight)
 
 
 def define_quality_focal(math, p, not_p, t, beta=2.0):
@@ -214,6 +227,8 @@ FOCAL = LossCase(
         "no alpha": {"alpha": -1, "gamma": 1},
         "gamma_neg": {"gamma": 0.5, "gamma_neg": 3},
         "gamma 0": {"gamma": 0},
+        "pos_weight": {"pos_weight": POS_WEIGHT, "gamma": 1},
+        "smoothed entropy": {"entropy_smoothing": 0.1, "pos_weight": POS_WEIGHT, "gamma": 1.7},
     },
     out_of_range=(
         {"alpha": 1.5},

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import REDUCTIONS, by_torch, evaluate, fused, is_fused, torch_bce
+from loss_cases import LOSSES
 from processes import by_world_size, meshes, run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,7 +25,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 import fused_bce
-from fused_bce.functional import sigmoid_focal_loss
 
 
 def placements_of(mesh):
@@ -337,44 +337,47 @@ def check_tensor_parallel():
     check_trained_as_alone(model, {}, loss_of_batch)
 
 
-def check_focal():
-    """Its numbers are no tensors, and must not come from an earlier call."""
+def check_pointwise():
+    """Their numbers are no tensors, and must not come from an earlier call."""
     (mesh,) = meshes()
     for placements, reduction in itertools.product(placements_of(mesh), ("none", "mean")):
-        for gamma in (2.0, 0.5):
-            check_focal_shard(mesh, placements, gamma, reduction)
+        for case, value in itertools.product(LOSSES, (0.8, 0.3)):
+            check_pointwise_shard(mesh, placements, case, value, reduction)
 
 
-def check_focal_shard(mesh, placements, gamma, reduction):
+def check_pointwise_shard(mesh, placements, case, value, reduction):
     whole, (logits, target, weights) = draw_distributed(mesh, placements, (13, 9))
+    if not case.takes_pos_weight:
+        for some_weights in (whole[2], weights):
+            del some_weights["pos_weight"]
+    options = dict.fromkeys(case.floats, value) | {"reduction": reduction}
     # Laid out otherwise than the logits: it has to be moved first.
     elsewhere = [Replicate()] * mesh.ndim
     for moved in (target, target.redistribute(placements=elsewhere)):
         leaf = logits.detach().requires_grad_()
-        options = {"alpha": gamma / 4, "gamma": gamma, "reduction": reduction}
-        loss = sigmoid_focal_loss(leaf, moved, weight=weights["weight"], **options)
+        loss = case.function(leaf, moved, **weights, **options)
         (loss.sum() if reduction == "none" else loss).backward()
-        case = f"{placements} {gamma} {reduction}"
-        assert "SigmoidFocalFunction" in loss.grad_fn.name(), case
+        assert case.is_fused(loss), f"{case.name} {placements} {value} {reduction}"
 
         x, t, w = widened(*whole)
-        exact = evaluate(sigmoid_focal_loss, x, t, weight=w["weight"], **options)
+        exact = evaluate(case.reference, x, t, **w, **options)
         # A sum of a hundred elements in float32
         for got, want in ((loss, exact.loss), (leaf.grad, exact.grad_logits)):
             torch.testing.assert_close(got.full_tensor().double(), want, rtol=1e-5, atol=1e-6)
-    check_second_derivative(logits, target, whole, options)
+    check_second_derivative(case, logits, target, whole, options)
 
 
-def check_second_derivative(logits, target, whole, options):
-    def second(x, t):
+def check_second_derivative(case, logits, target, whole, options):
+    def second(function, x, t):
         x = x.detach().requires_grad_()
-        loss = sigmoid_focal_loss(x, t, **options)
+        loss = function(x, t, **options)
         (grad,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
         return torch.autograd.grad((grad * grad).sum(), x)[0]
 
     x, t, _ = widened(*whole)
-    got = second(logits, target).full_tensor().double()
-    torch.testing.assert_close(got, second(x, t), rtol=1e-4, atol=1e-6)  # of products of six
+    got = second(case.function, logits, target).full_tensor().double()
+    want = second(case.reference, x, t)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)  # of products of six
 
 
 def check_training():
@@ -387,8 +390,8 @@ def test_dtensor(world_size, tmp_path):
     run(check_dtensor, world_size, tmp_path)
 
 
-def test_focal(tmp_path):
-    run(check_focal, 2, tmp_path)
+def test_pointwise(tmp_path):
+    run(check_pointwise, 2, tmp_path)
 
 
 @by_world_size

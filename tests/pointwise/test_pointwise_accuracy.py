@@ -218,9 +218,10 @@ def test_soft_targets_of_large_logits(kernel_device, case, numbers):
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1, 2, 2.5])
+@by_dtype
 @by_loss
-def test_paths_agree_in_the_tails(case, gamma, device):
-    logits = torch.tensor([-60.0, -17, 17, 60], device=device)
+def test_paths_agree_in_the_tails(case, gamma, dtype, device):
+    logits = torch.tensor([-60.0, -21, -17, 17, 21, 60], dtype=dtype, device=device)
     numbers = {name: gamma for name in case.floats if name not in ("alpha", "clip")}
     if case is ASYMMETRIC:
         # Else autograd takes a slope below the last place of p for 0.
@@ -230,8 +231,9 @@ def test_paths_agree_in_the_tails(case, gamma, device):
         kernel, *others, _ = by_all_paths(case, logits, target, numbers)
         for other in others:
             for got, want in zip(other, kernel, strict=True):
-                # The exponent of a power is up to 150, of which a unit is 2^-17.
-                torch.testing.assert_close(got.detach(), want.detach(), rtol=2e-5, atol=1e-37)
+                # The exponent of a power is up to 150, of which a unit is as many of the power.
+                rtol, atol = 200 * torch.finfo(dtype).eps, 8 * SMALLEST_NORMAL[dtype]
+                torch.testing.assert_close(got.detach(), want.detach(), rtol=rtol, atol=atol)
 
 
 @by_numbers
