@@ -5,7 +5,6 @@
 #include <ATen/ops/log1p.h>
 #include <ATen/ops/rsub.h>
 #include <ATen/ops/sigmoid.h>
-#include <ATen/ops/softplus.h>
 
 #include "terms.h"
 
@@ -40,12 +39,12 @@ struct AsymmetricTerms {
         u(at::rsub(t, 1)),
         p(at::sigmoid(x)),
         not_p(at::sigmoid(-x)),
-        of_positive(at::softplus(-x)) {
+        of_positive(exact_softplus(-x)) {
     if (o.pos_weight) pos_weight = widened(*o.pos_weight, o);
     const bool clips = clip.tensor || clip.number > 0;
     p_m = clips ? (clip.tensor ? p - *clip.tensor : p - clip.number).clamp_min(0) : p;
     is_above = (p_m > 0).to(p.scalar_type());
-    of_negative = clips ? -at::log1p(-p_m) : at::softplus(x);
+    of_negative = clips ? -at::log1p(-p_m) : exact_softplus(x);
   }
 
   Tensor entropy() const {

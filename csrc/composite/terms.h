@@ -38,6 +38,9 @@ constexpr double kVanishing = -1e4;
 
 double smallest_normal(at::ScalarType type);
 
+// log(1 + exp(x)) to the last digits of float64
+at::Tensor exact_softplus(const at::Tensor& x);
+
 // A parameter of a formula: a number, or the tensor in its place
 struct NumberOrTensor {
   double number;

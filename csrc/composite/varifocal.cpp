@@ -2,7 +2,6 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/exp.h>
-#include <ATen/ops/log_sigmoid.h>
 #include <ATen/ops/rsub.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/where.h>
@@ -31,7 +30,7 @@ struct VarifocalTerms : LogisticTerms {
   Tensor weight() const {
     const Tensor of_weight = detaches_weight ? x.detach() : x;
     // Bounded, for 0 times infinity
-    const Tensor log_p = at::log_sigmoid(of_weight.clamp_min(kVanishing));
+    const Tensor log_p = -exact_softplus(-of_weight.clamp_min(kVanishing));
     return at::where(is_negative, alpha.times(at::exp(gamma.times(log_p))),
                      detaches_weight ? t.detach() : t);
   }
