@@ -53,7 +53,7 @@ def asymmetric_loss(
             usually in [0, 1] (not checked). Or sparse ones, see
             :func:`fused_bce.functional.binary_cross_entropy_with_logits`.
         gamma_neg, gamma_pos: exponents of negatives and positives, in [0, 1e6].
-        clip: in [0, 1): how far the probability of a negative is shifted. Tensors that broadcast
+        clip: in [0, 1]: how far the probability of a negative is shifted. Tensors that broadcast
             with the logits, in the place of these numbers, are computed as ATen operations, and get
             a gradient if they require one.
         detach_weight: takes m^g for a constant in backward, as the authors' code can.
@@ -119,7 +119,7 @@ def _scripted(
 ) -> Tensor:
     """What torch.jit.script compiles in its place, without keyword-only arguments, which it cannot
     compile."""
-    number, smoothing, index, ignores_nan, divisor = scripted_options(
+    options = scripted_options(
         input, target, reduction, label_smoothing, ignore_index, validate_targets
     )
     return torch.ops.fused_bce._asymmetric_loss_composite(
@@ -135,12 +135,7 @@ def _scripted(
         as_float(gamma_pos),
         as_float(clip),
         float(detach_weight),
-        number,
-        torch.promote_types(input.dtype, target.dtype),
-        smoothing,
-        index,
-        ignores_nan,
-        divisor,
+        *options,
     )
 
 

@@ -147,7 +147,7 @@ def _scripted(
 ) -> Tensor:
     """What torch.jit.script compiles in its place, without keyword-only arguments, which it cannot
     compile."""
-    number, smoothing, index, ignores_nan, divisor = scripted_options(
+    options = scripted_options(
         inputs, targets, reduction, label_smoothing, ignore_index, validate_targets
     )
     return torch.ops.fused_bce._sigmoid_focal_loss_composite(
@@ -163,12 +163,7 @@ def _scripted(
         as_float(gamma),
         as_float(gamma if gamma_neg is None else gamma_neg),
         as_float(entropy_smoothing),
-        number,
-        torch.promote_types(inputs.dtype, targets.dtype),
-        smoothing,
-        index,
-        ignores_nan,
-        divisor,
+        *options,
     )
 
 

@@ -166,27 +166,17 @@ def _scripted(
     compile."""
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    number, smoothing, index, ignores_nan, divisor = scripted_options(
+    options = scripted_options(
         input, target, reduction, label_smoothing, ignore_index, validate_targets
     )
+    number, dtype, smoothing, index, ignores_nan, divisor = options
     has_floats = target.is_floating_point()
     if has_floats and smoothing is None and ignore_index is None and divisor is None:
         return torch_bce(input, target, weight, None, None, reduction, pos_weight)
+    dtype = target.dtype if has_floats else input.dtype
     return torch.ops.fused_bce._binary_cross_entropy_with_logits_composite(
-        None,
-        None,
-        None,
-        None,
-        input,
-        target,
-        weight,
-        pos_weight,
-        number,
-        target.dtype if has_floats else input.dtype,
-        smoothing,
-        index,
-        ignores_nan,
-        divisor,
+        *(None, None, None, None, input, target, weight, pos_weight, number, dtype),
+        *(smoothing, index, ignores_nan, divisor),
     )
 
 

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,8 @@ class Parameter(NamedTuple):
             return f"{self.name} is a tensor"
         if not is_constant(number):
             return f"{self.name} varies in compiled code"
+        if not isinstance(number, Real):
+            raise TypeError(f"{self.name} must be a number or a tensor, not {number!r}")
         if not self.least <= number <= self.most and number != self.other:
             return f"{self.name} is out of the range of the kernels"
         return None
@@ -57,8 +60,9 @@ class Parameter(NamedTuple):
 
     def check(self, number: float) -> None:
         """For the constructors of modules."""
-        if isinstance(number, Tensor):
-            raise TypeError(f"{self.name} must be a number, not a tensor")
+        if not isinstance(number, Real):
+            what = "a tensor" if isinstance(number, Tensor) else repr(number)
+            raise TypeError(f"{self.name} must be a number, not {what}")
         if not self.least <= number <= self.most and number != self.other:
             has_other = self.other != self.least
             not_be = f" or be {self.other:g}, not" if has_other else ", not be"
@@ -236,9 +240,9 @@ def scripted_options(
     label_smoothing: float,
     ignore_index: int | float | None,
     validate_targets: bool,
-) -> tuple[int, Tensor | None, int | None, bool, Tensor | None]:
-    """What a composite operator takes of a call in TorchScript: the number of the reduction, the
-    smoothing, the ignored index, whether nan is ignored, the divisor."""
+) -> tuple[int, torch.dtype, Tensor | None, int | None, bool, Tensor | None]:
+    """What a composite operator takes last, of a call in TorchScript: the number of the reduction,
+    the dtype of the loss, the smoothing, the ignored index, whether nan is ignored, the divisor."""
     check_label_smoothing(label_smoothing)
     if validate_targets and bool(is_invalid(target, ignore_index).any()):
         raise ValueError("a target lies outside [0, 1]")
@@ -256,7 +260,8 @@ def scripted_options(
         size = float(input.size(0))
         divisor = torch.scalar_tensor(math.nan if size == 0.0 else size, dtype=torch.float64)
     number = 1 if reduction == "batchmean" else ["none", "mean", "sum"].index(reduction)
-    return number, smoothing, index, ignores_nan, divisor
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    return number, dtype, smoothing, index, ignores_nan, divisor
 
 
 def as_float(number: int | float) -> float:

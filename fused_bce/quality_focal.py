@@ -103,24 +103,11 @@ def _scripted(
 ) -> Tensor:
     """What torch.jit.script compiles in its place, without keyword-only arguments, which it cannot
     compile."""
-    number, smoothing, index, ignores_nan, divisor = scripted_options(
+    options = scripted_options(
         input, target, reduction, label_smoothing, ignore_index, validate_targets
     )
     return torch.ops.fused_bce._quality_focal_loss_composite(
-        None,
-        None,
-        None,
-        None,
-        input,
-        target,
-        weight,
-        as_float(beta),
-        number,
-        torch.promote_types(input.dtype, target.dtype),
-        smoothing,
-        index,
-        ignores_nan,
-        divisor,
+        None, None, None, None, input, target, weight, as_float(beta), *options
     )
 
 

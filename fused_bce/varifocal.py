@@ -110,7 +110,7 @@ def _scripted(
 ) -> Tensor:
     """What torch.jit.script compiles in its place, without keyword-only arguments, which it cannot
     compile."""
-    number, smoothing, index, ignores_nan, divisor = scripted_options(
+    options = scripted_options(
         input, target, reduction, label_smoothing, ignore_index, validate_targets
     )
     return torch.ops.fused_bce._varifocal_loss_composite(
@@ -124,12 +124,7 @@ def _scripted(
         as_float(alpha),
         as_float(gamma),
         float(detach_weight),
-        number,
-        torch.promote_types(input.dtype, target.dtype),
-        smoothing,
-        index,
-        ignores_nan,
-        divisor,
+        *options,
     )
 
 

@@ -239,8 +239,8 @@ class LinearLossCall {
 
 // fused_bce.functional has checked most of this and said more: see fused_bce/checks.py.
 std::string misfit(const char* name, const Tensor& t, const LinearOperands& o) {
-  const auto describe = [](const Tensor& t) {
-    return c10::str(t.scalar_type(), " ", t.sym_sizes(), " on ", t.device());
+  const auto describe = [](const Tensor& operand) {
+    return c10::str(operand.scalar_type(), " ", operand.sym_sizes(), " on ", operand.device());
   };
   return c10::str(name, " does not fit: it is ", describe(t), ", input ", describe(o.input),
                   ", linear_weight ", describe(o.linear_weight));
