@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def stands_once(path: Path, text: str) -> bool:
-    return path.read_text().count(text) == 1
+    return path.exists() and path.read_text().count(text) == 1
 
 
 def plant(path: Path, text: str, replacement: str) -> None:

@@ -254,7 +254,7 @@ SHARDS = {
     ),
     "a mean over one shard": Fault(
         "fused_bce/sharded.py",
-        'arguments["divisor"] is None and arguments["reduction"] == MEAN',
+        'divisor is None and call.reduction == "mean"',
         "False",
         "distributed/test_head_shards.py",
     ),
@@ -285,35 +285,17 @@ LOWERING = {
         "return ignored",
         "compiler/test_lowering.py compiler/test_compile.py",
     ),
-    "nothing left to count": Fault(
-        "fused_bce/fallback.py",
-        "(~ignored).sum().clamp(min=1)",
-        "(~ignored).sum()",
-        "loss/test_extras.py module autograd/test_transforms.py",
-    ),
-    "targets smoothed towards 1": Fault(
-        "fused_bce/fallback.py",
-        "(target * (1 - smoothing) + smoothing / 2)",
-        "(target * (1 - smoothing) + smoothing)",
-        "loss/test_extras.py module autograd/test_transforms.py",
-    ),
-    "losses added up in half precision": Fault(
-        "fused_bce/fallback.py",
-        "losses.sum(dtype=torch.float64 if losses.dtype == torch.float64 else torch.float32)",
-        "losses.sum().float()",
-        "loss/test_extras.py module autograd/test_transforms.py",
-    ),
     "batchmean by elements": Fault(
-        "fused_bce/fallback.py",
-        "return loss / input.size(0) if batchmean else loss",
-        "return loss / input.numel() if batchmean else loss",
+        "fused_bce/scalars.py",
+        "scalar_operand(input.size(0), input)",
+        "scalar_operand(input.numel(), input)",
         "loss/test_extras.py",
     ),
-    "a nan that is ignored reaches a gradient": Fault(
-        "fused_bce/fallback.py",
-        "        input.masked_fill(ignored, 0.0),\n        target.masked_fill(ignored, 0.0),\n",
-        "        input,\n        target,\n",
-        "loss/test_extras.py module autograd/test_transforms.py",
+    "alpha in the place of gamma": Fault(
+        "fused_bce/pointwise.py",
+        "tensors[i] = number if",
+        "tensors[0] = number if",
+        "pointwise focal",
     ),
 }
 
@@ -516,8 +498,8 @@ AUTOGRAD = {
     ),
     "recompute passed over, quickly": Fault(
         "csrc/eager_loss.cpp",
-        " &&\n         arguments[kRecompute] == Py_False;",
-        ";",
+        "i < PyTuple_GET_SIZE(extras);",
+        "i < PyTuple_GET_SIZE(extras) - 1;",
         "module/test_module.py autograd/test_memory.py autograd/test_roads.py",
     ),
     "a second derivative by the target": Fault(
@@ -561,6 +543,45 @@ HEAD = {
     ),
 }
 
+COMPOSITE = {
+    "nothing left to count": Fault(
+        "csrc/composite.cpp",
+        ".sum().clamp_min(1)",
+        ".sum()",
+        "loss/test_extras.py pointwise/test_calls.py",
+    ),
+    "targets smoothed towards 1": Fault(
+        "csrc/composite.cpp",
+        "+ *o.label_smoothing / 2",
+        "+ *o.label_smoothing",
+        "loss/test_extras.py pointwise/test_calls.py",
+    ),
+    "losses added up in half precision": Fault(
+        "csrc/composite.cpp",
+        "t.to(at_least_float(in_double ? at::kDouble : o.logits.scalar_type()))",
+        "t.to(in_double ? at::kDouble : o.logits.scalar_type())",
+        "loss/test_extras.py pointwise/test_calls.py focal",
+    ),
+    "a nan that is ignored reaches a gradient": Fault(
+        "csrc/composite.cpp",
+        "return zero_where_ignored(widened(o.logits, o), o);",
+        "return widened(o.logits, o);",
+        "loss/test_extras.py pointwise/test_calls.py",
+    ),
+    "the weight of the wrong side": Fault(
+        "csrc/composite/focal.cpp",
+        "at::where(side > 0, of_positive(), of_negative())",
+        "at::where(side > 0, of_negative(), of_positive())",
+        "pointwise",
+    ),
+    "a detached weight is not": Fault(
+        "csrc/composite/varifocal.cpp",
+        "detaches_weight ? x.detach() : x",
+        "x",
+        "pointwise",
+    ),
+}
+
 WITHOUT_VALUES = {
     "autocast in half precision": Fault(
         "csrc/autocast.h",
@@ -589,5 +610,5 @@ WITHOUT_VALUES = {
 }
 
 IN_PYTHON = CHECKS | COVERAGE | PATCHING | SPARSE | SHARDS | LOWERING | BUILD
-IN_CPP = FORMULAS | LOOPS | AUTOGRAD | HEAD | WITHOUT_VALUES
+IN_CPP = FORMULAS | LOOPS | AUTOGRAD | HEAD | COMPOSITE | WITHOUT_VALUES
 FAULTS = IN_PYTHON | IN_CPP
