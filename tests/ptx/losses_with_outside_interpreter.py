@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[2]
+# isort: skip_file, one of them is called like the folder of a build
 sys.path.insert(0, str(Path(sys.argv[1]).resolve()))
 
-from project import Device, Problem, decode, encode  # noqa: E402
+import build
+from project import Device, Problem, decode, encode
 
-import build  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 NUMEL = 9000  # more than the chunk of one block
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Units of the largest value, as in the tests on other devices; in float64 there are those of the
