@@ -68,7 +68,7 @@ def sigmoid_focal_loss(
         pos_weight: weight of the cross entropy of positives; broadcasts into the shape of the
             logits. For an alpha of each class pass ``alpha=-1, weight=1 - alpha,
             pos_weight=alpha / (1 - alpha)``.
-        other keywords: those of all losses, see
+        label_smoothing, ignore_index, validate_targets, recompute: see
             :func:`fused_bce.functional.binary_cross_entropy_with_logits`.
 
     Returns:
@@ -180,7 +180,7 @@ class SigmoidFocalLoss(PointwiseModule):
             ``"none"``.
         weight, pos_weight: see the function; buffers.
         gamma_neg, entropy_smoothing: see the function.
-        other keywords: see the function.
+        label_smoothing, ignore_index, validate_targets, recompute: see the function.
 
     Shape:
         - input: logits, any shape, float16, bfloat16, float32 or float64.

@@ -26,7 +26,7 @@ class BCEWithLogitsLoss(HasExtras, torch.nn.BCEWithLogitsLoss):
             size of the first dimension), ``"sum"`` or ``"none"``.
         pos_weight: weight of positive targets; broadcasts into the shape of the logits, for
             example ``(C,)`` for logits ``(N, C)`` and ``(C, 1, 1)`` for ``(N, C, H, W)``.
-        other keywords: those of all losses, see
+        label_smoothing, ignore_index, validate_targets, recompute: see
             :func:`fused_bce.functional.binary_cross_entropy_with_logits`.
 
     Shape:

@@ -50,7 +50,7 @@ def quality_focal_loss(
         reduction: ``"mean"``, ``"batchmean"``, the sum over the size of the first dimension,
             ``"sum"`` or ``"none"``.
         weight: rescales each element's loss; broadcasts into the shape of the logits.
-        other keywords: those of all losses, see
+        label_smoothing, ignore_index, validate_targets, recompute: see
             :func:`fused_bce.functional.binary_cross_entropy_with_logits`.
 
     Returns:
@@ -122,7 +122,7 @@ class QualityFocalLoss(PointwiseModule):
         beta: see the function.
         reduction: ``"mean"``, ``"batchmean"``, ``"sum"`` or ``"none"``.
         weight: rescales each element's loss; a buffer.
-        other keywords: see the function.
+        label_smoothing, ignore_index, validate_targets, recompute: see the function.
 
     Shape:
         - input: logits, any shape, float16, bfloat16, float32 or float64.

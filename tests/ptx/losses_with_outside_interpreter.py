@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-# isort: skip_file, one of them is called like the folder of a build
+# One of them is called like the folder of a build, if there is one.
+# isort: skip_file
 sys.path.insert(0, str(Path(sys.argv[1]).resolve()))
 
 import build
