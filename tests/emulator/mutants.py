@@ -66,7 +66,8 @@ def compile_kernels(folder: Path, csrc: Path) -> Path:
     sources[1].write_text(f'#include "cuda.h"\n{includes}{probe}')
     library = folder / "kernels.so"
     # initial-exec: shared memory is there when its block begins, as on a GPU.
-    flags = ["-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-fsanitize=thread", "-w"]
+    flags = ["-std=c++20", "-O1", "-g1", "-Dalways_inline=unused"]
+    flags += ["-fPIC", "-shared", "-fsanitize=thread", "-w"]
     flags += ["-ftls-model=initial-exec"]
     folders = [f"-I{HERE}", f"-I{HERE / 'include'}", *(f"-isystem{h}" for h in CUDA_HEADERS)]
     command = ["g++", *flags, *folders, *map(str, sources), "-o", str(library)]
