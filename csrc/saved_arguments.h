@@ -3,6 +3,7 @@
 
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -39,8 +40,11 @@ void restore(std::optional<T>& field, const at::IValue& saved) {
 // Tensors are unpacked in every backward, so that in-place edits are noticed.
 template <class Loss>
 void save_arguments(torch::autograd::AutogradContext* ctx, const typename Loss::Arguments& given) {
+  constexpr size_t kMost = std::tuple_size_v<decltype(Loss::tie(given))>;
   torch::autograd::variable_list tensors;
+  tensors.reserve(kMost);
   std::vector<at::IValue> values;
+  values.reserve(kMost);
   const auto save = [&](const auto& field) {
     using T = std::decay_t<decltype(field)>;
     if constexpr (std::is_same_v<T, OptionalTensor>)

@@ -100,8 +100,6 @@ def binary_cross_entropy_with_logits(
         >>> loss, input.grad
         (tensor(0.3048, grad_fn=<...>), tensor([-0.1258,  0.0896, -0.0397]))
     """
-    if isinstance(input, Proxy) or isinstance(target, Proxy):
-        return record_call(binary_cross_entropy_with_logits, locals())
     extras = label_smoothing, ignore_index, validate_targets, recompute
     if not torch.compiler.is_compiling():
         loss = _C.eager_loss(
@@ -117,6 +115,8 @@ def binary_cross_entropy_with_logits(
         )
         if loss is not None:
             return loss
+    if isinstance(input, Proxy) or isinstance(target, Proxy):
+        return record_call(binary_cross_entropy_with_logits, locals())
     pointwise_loss, why_not = BINARY_CROSS_ENTROPY, None
     if size_average is not None or reduce is not None:
         pointwise_loss, reduction, why_not = _legacy(size_average, reduce, reduction)

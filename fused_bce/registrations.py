@@ -2,6 +2,7 @@
 sharded, and what compilers must not look into."""
 
 import functools
+import inspect
 
 import torch
 from torch import Tensor
@@ -45,8 +46,13 @@ def call_composite(op: torch._ops.OpOverload, *operands, **named):
         return op._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *operands, **named)
 
 
-def record_call(function, arguments: dict):
-    """Makes the call a node of the graph that torch.fx traces."""
+def record_call(function, variables: dict):
+    """Makes the call a node of the graph that torch.fx traces.
+
+    Args:
+        variables: the function's, its arguments among them.
+    """
+    arguments = {name: variables[name] for name in inspect.signature(function).parameters}
     proxies = [value for value in arguments.values() if isinstance(value, Proxy)]
     return handle_torch_function(function, proxies, **arguments)
 
