@@ -72,6 +72,10 @@ Tensor times_weight(const Tensor& losses, const Operands& o) {
   return o.weight ? losses * widened(*o.weight, o).expand_symint(o.logits.sym_sizes()) : losses;
 }
 
+Tensor times_pos_weight(const Tensor& y, const Operands& o) {
+  return o.pos_weight ? y * widened(*o.pos_weight, o) : y;
+}
+
 Tensor composite_loss(const Operands& o, const OptionalTensor& first, const OptionalTensor& second,
                       const OptionalTensor& third, const OptionalTensor& fourth) {
   check_composite(o);

@@ -23,8 +23,8 @@ Tensor vanishing_product(const Tensor& x, const Tensor& y) {
 struct AsymmetricTerms {
   NumberOrTensor gamma_neg, gamma_pos, clip;
   bool detaches_weight;
-  Tensor x, t, u;
-  Tensor pos_weight;  // undefined: 1
+  bool clips;
+  Tensor t, u, v;  // v: t times pos_weight
   Tensor p, not_p;
   Tensor p_m, is_above;             // p > clip, as 0 or 1
   Tensor of_positive, of_negative;  // their losses
@@ -34,33 +34,26 @@ struct AsymmetricTerms {
         gamma_pos(parameter(o, tensors, 1)),
         clip(parameter(o, tensors, 2)),
         detaches_weight(o.parameters[3] != 0),
-        x(logits_of(o)),
+        clips(clip.tensor || clip.number > 0),
         t(smoothed_target_of(o)),
         u(at::rsub(t, 1)),
-        p(at::sigmoid(x)),
-        not_p(at::sigmoid(-x)),
-        of_positive(exact_softplus(-x)) {
-    if (o.pos_weight) pos_weight = widened(*o.pos_weight, o);
-    const bool clips = clip.tensor || clip.number > 0;
+        v(times_pos_weight(t, o)) {
+    const Tensor x = logits_of(o);
+    p = at::sigmoid(x);
+    not_p = at::sigmoid(-x);
+    of_positive = exact_softplus(-x);
     p_m = clips ? (clip.tensor ? p - *clip.tensor : p - clip.number).clamp_min(0) : p;
     is_above = (p_m > 0).to(p.scalar_type());
     of_negative = clips ? -at::log1p(-p_m) : exact_softplus(x);
   }
 
   Tensor entropy() const {
-    const Tensor positive = pos_weight.defined() ? pos_weight * t : t;
-    return vanishing_product(positive, of_positive) + vanishing_product(u, of_negative);
+    return vanishing_product(v, of_positive) + vanishing_product(u, of_negative);
   }
 
   Tensor entropy_by_logit() const {
-    const Tensor positive = pos_weight.defined() ? pos_weight * t : t;
-    const bool clips = clip.tensor || clip.number > 0;
     const Tensor negative = clips ? is_above * p * not_p / at::rsub(p_m, 1) : p;
-    return u * negative - positive * not_p;
-  }
-
-  Tensor entropy_by_target() const {
-    return (pos_weight.defined() ? pos_weight * of_positive : of_positive) - of_negative;
+    return u * negative - v * not_p;
   }
 
   // m, of which 0 has no logarithm: a constant then, whose slope is 0
@@ -87,26 +80,27 @@ Tensor Composite<Asymmetric>::losses(const Operands& o, const ParameterTensors& 
 
 template <>
 Tensor Composite<Asymmetric>::slope_by_logit(const Operands& o) {
-  const AsymmetricTerms v(o);
-  Tensor slope = v.entropy_by_logit();
-  if (!v.detaches_weight) {
-    const Tensor turned = (v.u * v.is_above - v.t) * v.p * (v.not_p / v.base());
-    slope = slope + v.exponent() * vanishing_product(turned, v.entropy());
+  const AsymmetricTerms terms(o);
+  Tensor slope = terms.entropy_by_logit();
+  if (!terms.detaches_weight) {
+    const Tensor turned =
+        (terms.u * terms.is_above - terms.t) * terms.p * (terms.not_p / terms.base());
+    slope = slope + terms.exponent() * vanishing_product(turned, terms.entropy());
   }
-  return v.weight() * slope;
+  return terms.weight() * slope;
 }
 
 template <>
 Tensor Composite<Asymmetric>::slope_by_target(const Operands& o) {
-  const AsymmetricTerms v(o);
-  Tensor slope = v.entropy_by_target();
-  if (!v.detaches_weight) {
-    const Tensor base = v.base();
-    const Tensor of_exponent = (v.gamma_pos.times(base.log()) - v.gamma_neg.times(base.log()));
-    const Tensor of_base = v.exponent() * (v.not_p - v.p_m) / base;
-    slope = slope + (of_exponent + of_base) * v.entropy();
+  const AsymmetricTerms terms(o);
+  Tensor slope = times_pos_weight(terms.of_positive, o) - terms.of_negative;
+  if (!terms.detaches_weight) {
+    const Tensor base = terms.base(), log = base.log();
+    const Tensor of_exponent = terms.gamma_pos.times(log) - terms.gamma_neg.times(log);
+    const Tensor of_base = terms.exponent() * (terms.not_p - terms.p_m) / base;
+    slope = slope + (of_exponent + of_base) * terms.entropy();
   }
-  return v.weight() * slope;
+  return terms.weight() * slope;
 }
 
 }  // namespace fused_bce

@@ -26,8 +26,7 @@ template <>
 Tensor Composite<BinaryCrossEntropy>::slope_by_logit(const Operands& o) {
   const Tensor x = logits_of(o);
   const Tensor t = smoothed_target_of(o);
-  const Tensor positive = o.pos_weight ? widened(*o.pos_weight, o) * t : t;
-  return at::rsub(t, 1) * at::sigmoid(x) - positive * at::sigmoid(-x);
+  return at::rsub(t, 1) * at::sigmoid(x) - times_pos_weight(t, o) * at::sigmoid(-x);
 }
 
 // p softplus(-x) - softplus(x), which is -x without pos_weight
@@ -35,7 +34,7 @@ template <>
 Tensor Composite<BinaryCrossEntropy>::slope_by_target(const Operands& o) {
   const Tensor x = logits_of(o);
   if (!o.pos_weight) return -x;
-  return at::log_sigmoid(-x) - widened(*o.pos_weight, o) * at::log_sigmoid(x);
+  return at::log_sigmoid(-x) - times_pos_weight(at::log_sigmoid(x), o);
 }
 
 }  // namespace fused_bce

@@ -21,7 +21,7 @@ namespace {
 struct FocalTerms : LogisticTerms {
   NumberOrTensor alpha, gamma, gamma_neg, smoothing;
   bool same_exponents;
-  OptionalTensor pos_weight;
+  const Operands& operands;
   bool has_own_entropy;  // its ce is not that of t
   Tensor m;
 
@@ -32,8 +32,8 @@ struct FocalTerms : LogisticTerms {
         gamma_neg(parameter(o, tensors, 2)),
         smoothing(parameter(o, tensors, 3)),
         same_exponents(!gamma_neg.tensor && (gamma.tensor || gamma.number == gamma_neg.number)),
+        operands(o),
         has_own_entropy(o.pos_weight || smoothing.tensor || smoothing.number != 0) {
-    if (o.pos_weight) pos_weight = widened(*o.pos_weight, o);
     if (has_own_entropy)
       ce = at::addcmul((of_positive() + of_negative()) * at::softplus(b), b, far_share(), -1);
     m = at::addcmul(q + c, c, q, -2);
@@ -41,8 +41,7 @@ struct FocalTerms : LogisticTerms {
   }
 
   Tensor smoothed(const Tensor& y) const { return y + smoothing.times(at::rsub(y, 0.5)); }
-  Tensor times_pos_weight(const Tensor& y) const { return pos_weight ? y * *pos_weight : y; }
-  Tensor of_positive() const { return times_pos_weight(smoothed(t)); }
+  Tensor of_positive() const { return times_pos_weight(smoothed(t), operands); }
   Tensor of_negative() const { return smoothed(at::rsub(t, 1)); }
   // What q is of t
   Tensor far_share() const { return at::where(side > 0, of_positive(), of_negative()); }
@@ -55,7 +54,7 @@ struct FocalTerms : LogisticTerms {
   // side times the slope of ce
   Tensor entropy_by_target() const {
     if (!has_own_entropy) return -b;
-    const Tensor slope = times_pos_weight(at::softplus(-x)) - at::softplus(x);
+    const Tensor slope = times_pos_weight(at::softplus(-x), operands) - at::softplus(x);
     return side * (slope - smoothing.times(slope));
   }
 
@@ -97,10 +96,9 @@ struct FocalTerms : LogisticTerms {
   }
 
   // side w m^g (c - q + g (1 - 2 q) c (1 - c) ce / m) for the entropy of t, where for a hard target
-  // c is m or 1 - m, and the limit of c ce at an infinite logit is 0.
+  // c is m or 1 - m.
   Tensor slope_by_logit() const {
-    const Tensor finite = may_be_extreme ? ce.masked_fill(b.isinf(), 0) : ce;
-    const Tensor turned = at::rsub(q, 1, 2) * at::rsub(c, 1) * (c / m) * finite;
+    const Tensor turned = at::rsub(q, 1, 2) * at::rsub(c, 1) * (c / m) * finite_ce();
     return side * power() * weighted(entropy_by_logit() + times_exponent(turned));
   }
 

@@ -24,9 +24,6 @@ struct QualityFocalTerms : LogisticTerms {
   }
 
   Tensor power() const { return beta.tensor ? at::pow(m, *beta.tensor) : at::pow(m, beta.number); }
-
-  // Its limit is 0 where the logit is infinite.
-  Tensor finite_ce() const { return may_be_extreme ? ce.masked_fill(b.isinf(), 0) : ce; }
 };
 
 }  // namespace

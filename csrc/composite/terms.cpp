@@ -48,4 +48,8 @@ LogisticTerms::LogisticTerms(const Operands& o) : x(logits_of(o)), t(smoothed_ta
   c = at::sigmoid(b);
 }
 
+Tensor LogisticTerms::finite_ce() const {
+  return may_be_extreme ? ce.masked_fill(b.isinf(), 0) : ce;
+}
+
 }  // namespace fused_bce

@@ -19,6 +19,8 @@ at::Tensor smoothed_target_of(const Operands& o);
 
 // losses * weight, if there is one
 at::Tensor times_weight(const at::Tensor& losses, const Operands& o);
+// y * pos_weight, if there is one
+at::Tensor times_pos_weight(const at::Tensor& y, const Operands& o);
 
 // Of a sigmoid, so that losses made of them keep their digits in the tails, and have derivatives
 // that do: c, sp and ce are functions of -|x|. The names are those of formulas/logistic.h.
@@ -31,6 +33,9 @@ struct LogisticTerms {
   at::Tensor b;     // -|x|, but for its slope at 0
   at::Tensor q, c;
   at::Tensor ce;  // without pos_weight
+
+  // 0 where the logit is infinite: the limit of what vanishes there, times ce
+  at::Tensor finite_ce() const;
 };
 
 // Of which the exponential is 0
