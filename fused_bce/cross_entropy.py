@@ -7,6 +7,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fused_bce.coverage import has_integers
 from fused_bce.pointwise import PointwiseLoss, compute_composite, find_loss
+from fused_bce.scalars import changes_loss
 
 
 def compute_in_torch(
@@ -17,31 +18,18 @@ def compute_in_torch(
     pos_weight,
     numbers,
     reduction,
-    smoothing,
-    ignore_index,
+    extras,
     *,
     size_average=None,
     reduce=None,
 ) -> Tensor:
     """Torch's own function, or the composite formula for what this package takes beyond it."""
-    if (
-        smoothing is None
-        and ignore_index is None
-        and reduction != "batchmean"
-        and not has_integers(target)
-    ):
+    integers = has_integers(target)
+    if not (integers or reduction == "batchmean" or changes_loss(extras)):
         return _torch(input, target, weight, size_average, reduce, reduction, pos_weight)
+    dtype = (input if integers else target).dtype
     return compute_composite(
-        loss,
-        input,
-        target,
-        weight,
-        pos_weight,
-        numbers,
-        reduction,
-        smoothing,
-        ignore_index,
-        dtype=(input if has_integers(target) else target).dtype,
+        loss, input, target, weight, pos_weight, numbers, reduction, extras, dtype
     )
 
 

@@ -27,10 +27,11 @@ class HasExtras:
 
     def _set_extras(self, extras: Extras) -> None:
         """Checks them."""
-        self.ignore_index = check_options(extras.label_smoothing, extras.ignore_index)
-        self.label_smoothing = float(extras.label_smoothing)
-        self.validate_targets = bool(extras.validate_targets)
-        self.recompute = bool(extras.recompute)
+        index = check_options(extras.label_smoothing, extras.ignore_index)
+        for name, value in extras._replace(ignore_index=index)._asdict().items():
+            default = getattr(HasExtras, name)
+            # Not an integer where a float is expected: torch.jit.script goes by types.
+            setattr(self, name, value if default is None else type(default)(value))
 
     def _describe(self, always: tuple[str, ...] = (), **defaults: Any) -> str:
         """For extra_repr: these attributes, and others that are not at their defaults."""

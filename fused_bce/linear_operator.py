@@ -9,6 +9,7 @@ from torch import Tensor
 from fused_bce.coverage import are_shards, log_once, why_not_linear
 from fused_bce.cross_entropy import BINARY_CROSS_ENTROPY, compute_in_torch
 from fused_bce.dtypes import REDUCTIONS
+from fused_bce.extras import Extras
 from fused_bce.linear_call import LinearCall
 from fused_bce.registrations import ops
 from fused_bce.scalars import batch_size_operand, index_or_nan, smoothing_operand
@@ -69,13 +70,11 @@ def _compute_in_torch(call: LinearCall) -> Tensor:
     if call.dtype is not None:
         input, weight = input.to(call.dtype), weight.to(call.dtype)
         bias = None if bias is None else bias.to(call.dtype)
-    smoothing = smoothing_operand(call.label_smoothing, call.linear_weight)
+    extras = Extras(call.label_smoothing, call.ignore_index)
 
     def compute(logits: Tensor, target: Tensor, reduction: str) -> Tensor:
         loss, weights = BINARY_CROSS_ENTROPY, (call.weight, call.pos_weight)
-        return compute_in_torch(
-            loss, logits, target, *weights, (), reduction, smoothing, call.ignore_index
-        )
+        return compute_in_torch(loss, logits, target, *weights, (), reduction, extras)
 
     logits = F.linear(input, weight, bias)
     return compute_from_logits(compute, logits, call.target, call.reduction, call.rows.size(0))

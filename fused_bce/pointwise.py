@@ -125,43 +125,30 @@ def evaluate(
         numbers: for the loss's parameters, in their order.
         why_not: a reason of the loss's own why the kernels do not cover the call.
     """
-    label_smoothing, ignore_index, validate_targets, recompute = extras
     if isinstance(target, SparseTarget):
-        target = _make_dense(target, ignore_index)
+        target = _make_dense(target, extras)
     reason = why_not_dense(input, target, weight, pos_weight)
     if reason is not None and isinstance(sparse := as_sparse(target), SparseTarget):
-        target = _make_dense(sparse, ignore_index)
+        target = _make_dense(sparse, extras)
         reason = why_not_dense(input, target, weight, pos_weight)
-    ignore_index = check_target_values(target, ignore_index, validate_targets)
-    smoothing = smoothing_operand(label_smoothing, input)
+    index = check_target_values(target, extras.ignore_index, extras.validate_targets)
+    smoothing = smoothing_operand(extras.label_smoothing, input)
     reason = reason or why_not or _why_not_numbers(loss, numbers)
     if reason is not None:
         if not torch.compiler.is_compiling():
             log_once(reason)
-        return loss.fallback(
-            loss, input, target, weight, pos_weight, numbers, reduction, smoothing, ignore_index
-        )
-    own = loss.own(pos_weight, numbers)
+        extras = extras._replace(ignore_index=index)
+        return loss.fallback(loss, input, target, weight, pos_weight, numbers, reduction, extras)
     number = number_of_reduction(reduction)
     if reduction == "batchmean":
         divisor: Tensor | None = batch_size_operand(input)
     else:
-        divisor = divisor_operand(input, target, weight, pos_weight, number, ignore_index)
-    if smoothing is None and ignore_index is None and divisor is None and not recompute:
-        # What a call leaves out need not be parsed.
-        return loss.operator(input, target, weight, *own, number)
-    return loss.operator(
-        input,
-        target,
-        weight,
-        *own,
-        number,
-        None,
-        smoothing,
-        *index_or_nan(ignore_index),
-        divisor,
-        recompute,
-    )
+        divisor = divisor_operand(input, target, weight, pos_weight, number, index)
+    options: tuple = (None, smoothing, *index_or_nan(index), divisor, extras.recompute)
+    if all(option is None or option is False for option in options):
+        options = ()  # What a call leaves out need not be parsed.
+    own = loss.own(pos_weight, numbers)
+    return loss.operator(input, target, weight, *own, number, *options)
 
 
 def _why_not_numbers(loss: PointwiseLoss, numbers: tuple) -> str | None:
@@ -171,8 +158,8 @@ def _why_not_numbers(loss: PointwiseLoss, numbers: tuple) -> str | None:
     return None
 
 
-def _make_dense(target: SparseTarget, ignore_index: int | float | None) -> Tensor:
-    check_ignore_index_of_rows(ignore_index, target)
+def _make_dense(target: SparseTarget, extras: Extras) -> Tensor:
+    check_ignore_index_of_rows(extras.ignore_index, target)
     return target.to_dense()
 
 
@@ -184,8 +171,7 @@ def compute_composite(
     pos_weight: Tensor | None,
     numbers: tuple,
     reduction: str,
-    smoothing: Tensor | None,
-    ignore_index: int | float | None,
+    extras: Extras,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The loss as ATen operations.
@@ -221,8 +207,8 @@ def compute_composite(
         *loss.own(pos_weight, tuple(constants)),
         number_of_reduction(reduction),
         dtype,
-        smoothing,
-        *index_or_nan(ignore_index),
+        smoothing_operand(extras.label_smoothing, input),
+        *index_or_nan(extras.ignore_index),
         batch_size_operand(input) if reduction == "batchmean" else None,
     )
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from fused_bce.checks import check_label_smoothing
 from fused_bce.coverage import are_shards
 from fused_bce.dtypes import MEAN
+from fused_bce.extras import Extras
 from fused_bce.registrations import ops, whole
 from fused_bce.sparse import is_fake
 
@@ -45,10 +46,19 @@ def scalar_operand(number: float, beside: Tensor) -> Tensor:
     return torch.scalar_tensor(number, dtype=torch.float64, device="cpu")
 
 
+def changes_loss(extras: Extras) -> bool:
+    """Whether the loss may not be that of the targets as they are."""
+    return extras.ignore_index is not None or _smooths(extras.label_smoothing)
+
+
+def _smooths(label_smoothing: float) -> bool:
+    compiling = torch.compiler.is_compiling()
+    return may_differ_from_zero(label_smoothing) if compiling else label_smoothing != 0
+
+
 def smoothing_operand(label_smoothing: float, beside: Tensor) -> Tensor | None:
     """None where nothing is smoothed."""
-    compiling = torch.compiler.is_compiling()
-    if not (may_differ_from_zero(label_smoothing) if compiling else label_smoothing != 0):
+    if not _smooths(label_smoothing):
         return None
     check_label_smoothing(label_smoothing)
     return scalar_operand(label_smoothing, beside)
