@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from fused_bce.extras import Extras, HasExtras
+from fused_bce.extras import Extras
 from fused_bce.pointwise import (
     PointwiseModule,
     as_float,
@@ -165,13 +165,7 @@ class AsymmetricLoss(PointwiseModule):
         tensor(0.0367)
     """
 
-    __constants__: ClassVar = [
-        *HasExtras.__constants__,
-        "gamma_neg",
-        "gamma_pos",
-        "clip",
-        "detach_weight",
-    ]
+    __constants__: ClassVar = _LOSS.constants
 
     gamma_neg: float
     gamma_pos: float
@@ -194,15 +188,9 @@ class AsymmetricLoss(PointwiseModule):
         validate_targets: bool = False,
         recompute: bool = False,
     ):
-        numbers = {
-            "gamma_neg": gamma_neg,
-            "gamma_pos": gamma_pos,
-            "clip": clip,
-            "detach_weight": bool(detach_weight),
-        }
+        numbers = (gamma_neg, gamma_pos, clip, bool(detach_weight))
         extras = Extras(label_smoothing, ignore_index, validate_targets, recompute)
-        super().__init__(_LOSS, numbers, reduction, weight, extras)
-        self.register_buffer("pos_weight", pos_weight)
+        super().__init__(_LOSS, numbers, reduction, extras, weight, pos_weight)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return asymmetric_loss(

@@ -8,7 +8,7 @@ from torch.fx import Proxy
 
 from fused_bce.checks import check_reduction
 from fused_bce.dtypes import REDUCTIONS
-from fused_bce.extras import Extras, HasExtras
+from fused_bce.extras import Extras
 from fused_bce.pointwise import (
     PointwiseModule,
     as_float,
@@ -195,13 +195,7 @@ class SigmoidFocalLoss(PointwiseModule):
         tensor(0.0039)
     """
 
-    __constants__: ClassVar = [
-        *HasExtras.__constants__,
-        "alpha",
-        "gamma",
-        "gamma_neg",
-        "entropy_smoothing",
-    ]
+    __constants__: ClassVar = _LOSS.constants
 
     alpha: float
     gamma: float
@@ -224,15 +218,9 @@ class SigmoidFocalLoss(PointwiseModule):
         validate_targets: bool = False,
         recompute: bool = False,
     ):
-        numbers = {
-            "alpha": alpha,
-            "gamma": gamma,
-            "gamma_neg": gamma_neg,
-            "entropy_smoothing": entropy_smoothing,
-        }
+        numbers = (alpha, gamma, gamma_neg, entropy_smoothing)
         extras = Extras(label_smoothing, ignore_index, validate_targets, recompute)
-        super().__init__(_LOSS, numbers, reduction, weight, extras)
-        self.register_buffer("pos_weight", pos_weight)
+        super().__init__(_LOSS, numbers, reduction, extras, weight, pos_weight)
 
     def extra_repr(self) -> str:
         always = "alpha", "gamma", "reduction"

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from numbers import Real
 from typing import NamedTuple
 
@@ -83,6 +83,11 @@ class PointwiseLoss(NamedTuple):
     parameters: tuple[Parameter, ...]
     # Computes calls that the kernels do not cover: see compute_composite.
     fallback: Callable[..., Tensor]
+
+    @property
+    def constants(self) -> list[str]:
+        """What torch.jit.script takes for constants of the module."""
+        return [*HasExtras.__constants__, *(parameter.name for parameter in self.parameters)]
 
     def own(self, pos_weight: Tensor | None, numbers: tuple) -> tuple:
         return (pos_weight, *numbers) if self.takes_pos_weight else numbers
@@ -261,15 +266,17 @@ class PointwiseModule(HasExtras, _WeightedLoss):
     def __init__(
         self,
         loss: PointwiseLoss,
-        numbers: Mapping[str, float | None],
+        numbers: tuple,
         reduction: str,
-        weight: Tensor | None,
         extras: Extras,
+        weight: Tensor | None,
+        pos_weight: Tensor | None = None,
     ):
         super().__init__(weight, reduction=reduction)
         check_reduction(reduction, tuple(REDUCTIONS))
-        for parameter in loss.parameters:
-            number = numbers[parameter.name]
+        if loss.takes_pos_weight:
+            self.register_buffer("pos_weight", pos_weight)
+        for parameter, number in zip(loss.parameters, numbers, strict=True):
             if number is not None:
                 # Before a parameter of a model, that was to be trained, would become a number
                 parameter.check(number)

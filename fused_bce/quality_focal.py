@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from fused_bce.extras import Extras, HasExtras
+from fused_bce.extras import Extras
 from fused_bce.pointwise import (
     PointwiseModule,
     as_float,
@@ -137,7 +137,7 @@ class QualityFocalLoss(PointwiseModule):
         tensor(0.3352)
     """
 
-    __constants__: ClassVar = [*HasExtras.__constants__, "beta"]
+    __constants__: ClassVar = _LOSS.constants
 
     beta: float
 
@@ -152,9 +152,9 @@ class QualityFocalLoss(PointwiseModule):
         validate_targets: bool = False,
         recompute: bool = False,
     ):
-        numbers = {"beta": beta}
+        numbers = (beta,)
         extras = Extras(label_smoothing, ignore_index, validate_targets, recompute)
-        super().__init__(_LOSS, numbers, reduction, weight, extras)
+        super().__init__(_LOSS, numbers, reduction, extras, weight)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return quality_focal_loss(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from fused_bce.extras import Extras, HasExtras
+from fused_bce.extras import Extras
 from fused_bce.pointwise import (
     PointwiseModule,
     as_float,
@@ -154,7 +154,7 @@ class VarifocalLoss(PointwiseModule):
         tensor(0.8530)
     """
 
-    __constants__: ClassVar = [*HasExtras.__constants__, "alpha", "gamma", "detach_weight"]
+    __constants__: ClassVar = _LOSS.constants
 
     alpha: float
     gamma: float
@@ -173,9 +173,9 @@ class VarifocalLoss(PointwiseModule):
         validate_targets: bool = False,
         recompute: bool = False,
     ):
-        numbers = {"alpha": alpha, "gamma": gamma, "detach_weight": bool(detach_weight)}
+        numbers = (alpha, gamma, bool(detach_weight))
         extras = Extras(label_smoothing, ignore_index, validate_targets, recompute)
-        super().__init__(_LOSS, numbers, reduction, weight, extras)
+        super().__init__(_LOSS, numbers, reduction, extras, weight)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return varifocal_loss(
