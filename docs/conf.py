@@ -30,11 +30,11 @@ PAGES = {
         "pairwise",
         "troubleshooting",
     ],
-    "What it does": ["fused", "guarantees", "accuracy", "speed", "how-it-works"],
+    "What it does": ["coverage", "accuracy", "speed", "how-it-works"],
     "Building it": ["install"],
     "Reference": ["reference"],
 }
-PROJECT = ["benchmarks/README", "CONTRIBUTING", "CHANGELOG"]
+PROJECT = ["benchmarks/README", "CONTRIBUTING", "docs/promises", "CHANGELOG"]
 
 html_theme = "furo"
 html_title = f"fused_bce {version}"
