@@ -46,7 +46,7 @@ myst_heading_anchors = 3  # as links to headings are written, docs/speed.md#by-s
 
 # Google's sections, and the one that torch's docstrings have.
 napoleon_numpy_docstring = False
-napoleon_custom_sections = ["Shape", "Out of reach"]
+napoleon_custom_sections = ["Shape", "Not replaced"]
 autodoc_typehints = "none"  # the signature of torch's, with the types in words below it
 # A reference that does not exist is an error; those of torch and Python are not on this site.
 nitpicky = True

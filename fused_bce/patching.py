@@ -1,4 +1,4 @@
-"""The fused losses for code that nobody edits."""
+"""Replacing torch's and torchvision's functions by the fused ones, and the losses inside models."""
 
 import functools
 import importlib
@@ -51,31 +51,29 @@ class patch:
     """Replaces ``torch.nn.functional.binary_cross_entropy_with_logits`` by the fused loss, and
     with it what ``torch.nn.BCEWithLogitsLoss`` computes.
 
-    As a call, until :func:`unpatch`; as a context manager, until its end, also if that is an
-    exception, unless it was replaced already when it began. What something else has put there
-    meanwhile stays, with a warning.
+    Called, it stays in force until :func:`unpatch`; as a context manager, until the end of the
+    block. If the function is patched already, the context manager does not restore it. If another
+    library replaces the function in between, that replacement stays, with a warning.
 
-    It holds for the whole process, all threads included. The class itself stays torch's: its
-    ``forward`` looks the function up in each call, so that every instance takes the fused path,
-    whenever it was made, and is still what ``isinstance`` and ``pickle`` expect. For the arguments
-    that torch's class does not have, use :class:`fused_bce.BCEWithLogitsLoss`. The functions, too,
-    torch's and the one in its place, are pickled by torch's name, now and after :func:`unpatch`: a
-    process without this package loads torch's.
+    It applies to the whole process, all threads included. The class ``torch.nn.BCEWithLogitsLoss``
+    is not replaced: its ``forward`` looks the function up in each call, so every instance is fused,
+    whenever it was created, and ``isinstance`` and ``pickle`` work as before. For keywords that
+    torch's class does not have, use :class:`fused_bce.BCEWithLogitsLoss`. The function is pickled
+    under torch's name, so a process without this package loads torch's function.
 
     Args:
-        focal: whether also ``torchvision.ops.sigmoid_focal_loss`` is replaced, and with it the
-            classification loss of torchvision's RetinaNet and FCOS, which have that name in modules
-            of their own. Imports torchvision.
+        focal: whether to replace ``torchvision.ops.sigmoid_focal_loss`` as well, also in
+            torchvision's RetinaNet and FCOS. Imports torchvision.
 
-    Out of reach:
-        - the function imported by name before, ``from torch.nn.functional import
-          binary_cross_entropy_with_logits``, in the module that did so; and one that was imported
-          by name meanwhile stays ours there;
-        - ``torch.binary_cross_entropy_with_logits``, the operator below the function;
-        - what was compiled, traced, scripted or exported before; and what was meanwhile keeps the
-          fused loss;
-        - the focal losses that libraries write themselves, transformers' ``sigmoid_focal_loss`` for
-          one; only the cross entropy inside of them is replaced.
+    Not replaced:
+        - the function in modules that imported it by name before, ``from torch.nn.functional import
+          binary_cross_entropy_with_logits``. Likewise, a module that imports it by name while
+          patched keeps the fused function afterwards;
+        - ``torch.binary_cross_entropy_with_logits``, the operator that the function calls;
+        - code that was compiled, traced, scripted or exported before. Likewise, code that was
+          compiled while patched keeps the fused loss;
+        - focal losses that libraries implement themselves, such as transformers'
+          ``sigmoid_focal_loss``; only the cross entropy inside of them is replaced.
 
     Example:
         >>> import torch
@@ -102,10 +100,10 @@ class patch:
 
 
 def unpatch() -> None:
-    """Puts back what :class:`patch` replaced; does nothing if nothing is replaced.
+    """Restores what :class:`patch` replaced; does nothing if nothing is patched.
 
-    Where something else stands by now, another library's wrapper for example, that stays, with a
-    warning (UserWarning). If the fused loss comes to light when it is removed, call this again.
+    If another library has replaced or wrapped the function since, that stays, with a UserWarning. If
+    the fused function is in place again when that library is done, call this once more.
 
     Example:
         >>> import fused_bce
