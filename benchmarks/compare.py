@@ -7,6 +7,7 @@ The exit status is 1 if a fused contender got slower than the factor allows.
 """
 
 import argparse
+import statistics
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,7 +21,9 @@ from harness.tables import make_console, time_text
 # What makes two rows the same measurement, but for the contender
 CASE = [field.name for field in fields(Case)]
 # Where these differ, so may every time.
-CIRCUMSTANCES = ("device_name", "torch", "cuda", "instruction_set", "threads")
+CIRCUMSTANCES = ("device_name", "torch", "cuda", "instruction_set", "threads", "kernels")
+# How many times as long the stream may take, which has no part in what is compared
+STEADY = 1.2
 
 Rows = dict[tuple, dict[str, Row]]  # by case, then by contender
 
@@ -134,6 +137,12 @@ def remarks(old: Rows, new: Rows, changes: list[Change]) -> list[str]:
         )
         if before != after
     ]
+    streams = [c.ratio for c in changes if c.new.contender == "stream"]
+    if streams and not 1 / STEADY < statistics.median(streams) < STEADY:
+        lines.append(
+            f"The stream took {statistics.median(streams):.2f} times as long as before: it is the "
+            "machine that changed. Measure again, or use --relative-to stream."
+        )
     for rows, others, where in ((old, new, "older"), (new, old, "newer")):
         alone = len(rows.keys() - others.keys())
         if alone:

@@ -102,8 +102,8 @@ class patch:
 def unpatch() -> None:
     """Restores what :class:`patch` replaced; does nothing if nothing is patched.
 
-    If another library has replaced or wrapped the function since, that stays, with a UserWarning. If
-    the fused function is in place again when that library is done, call this once more.
+    If another library has replaced or wrapped the function since, that stays, with a UserWarning.
+    If the fused function is in place again when that library is done, call this once more.
 
     Example:
         >>> import fused_bce

@@ -1,8 +1,10 @@
 """What the numbers were measured on."""
 
+import hashlib
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 import time
@@ -25,9 +27,22 @@ def facts(device: str) -> dict[str, str | int]:
         "fused_bce": build["version"],
         "instruction_set": build["cpu_instruction_set"],
         "threads": torch.get_num_threads(),
+        "kernels": hash_kernels(device),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
     }
+
+
+def hash_kernels(device: str) -> str:
+    """A name for the code that the kernels of a device are compiled from, whatever its comments."""
+    sources = Path(__file__).parents[2] / "csrc"
+    folder = "cuda" if device == "cuda" else "cpu"
+    files = [sources / "problem.h", *sources.glob("formulas/*"), *sources.glob(f"{folder}/*")]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        code = re.sub(r"//.*", "", file.read_text(encoding="utf-8"))
+        digest.update(" ".join(code.split()).encode())
+    return digest.hexdigest()[:12]
 
 
 def cpu_model() -> str:

@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent.parent / "results"
 TOLERABLE_LOAD = 0.1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Facts:
     """The columns that are the same in the whole run: see machine.py."""
 
@@ -27,9 +27,10 @@ class Facts:
     instruction_set: str
     threads: int
     date: str
+    kernels: str = ""  # see hash_kernels; files from before have none
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row(Facts):
     """One contender in one case. The fields are the header of the CSV."""
 
@@ -47,8 +48,7 @@ class Row(Facts):
     peak_bytes: int | None
     other_load: float | None
     command: str
-    # Later columns: files from before have none.
-    workload: str = ""
+    workload: str = ""  # as in kernels, so in these two
     shape: str = ""
 
     @property
@@ -72,7 +72,7 @@ class Row(Facts):
         return round(self.peak_bytes / self.logits_bytes, 2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AccuracyRow(Facts):
     """The largest error of one contender over a short range of logits."""
 
@@ -86,7 +86,7 @@ class AccuracyRow(Facts):
     command: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CounterRow(Facts):
     """What a GPU counted during one launch of a kernel: see counters.py."""
 

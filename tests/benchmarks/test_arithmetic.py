@@ -98,6 +98,10 @@ def test_ratios_of_two_runs(relative_to, ratio):
     changes = {c.new.contender: c for c in compare.list_changes(old, new, relative_to)}
     assert changes["fused"].ratio == pytest.approx(ratio)
     assert "slower" in compare.verdict(changes["fused"], 1.1)
+    remarks = compare.remarks(old, new, [*changes.values()])
+    assert [r for r in remarks if "stream" in r] == ([] if relative_to else [remarks[0]]), (
+        "a machine that is twice as fast is no news where it cancels out"
+    )
 
 
 def test_measures_of_goals():
