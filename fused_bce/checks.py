@@ -9,10 +9,11 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from fused_bce.arguments import as_integer, check_tensor, is_fake, is_traced_by_proxies
 from fused_bce.dtypes import FLOATS
 from fused_bce.linear_call import LinearCall
 from fused_bce.registrations import constant_in_graphs
-from fused_bce.sparse import SparseTarget, as_integer, check_tensor, is_fake, is_traced_by_proxies
+from fused_bce.sparse import SparseTarget
 
 _MOST_IGNORED = 2**24  # float32 holds all integers up to there
 _OPTIONAL = ("linear_bias", "weight", "pos_weight")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from fused_bce.arguments import check_tensor
 from fused_bce.checks import (
     autocast_casts,
     check_chunk_bytes,
@@ -18,7 +19,7 @@ from fused_bce.checks import (
 from fused_bce.linear_call import LinearCall
 from fused_bce.linear_operator import evaluate_linear
 from fused_bce.registrations import record_call
-from fused_bce.sparse import SparseTarget, check_tensor
+from fused_bce.sparse import SparseTarget
 
 _NUMBERS = (Real, torch.SymInt, torch.SymFloat)
 

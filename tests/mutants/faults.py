@@ -202,9 +202,9 @@ SPARSE = {
         "head/test_sparse_target.py",
     ),
     "a value behind the last row": Fault(
-        "fused_bce/sparse.py",
-        "return places >= self.offsets[-1]",
-        "return places > self.offsets[-1]",
+        "fused_bce/sparse_checks.py",
+        "return places < offsets[-1]",
+        "return places <= offsets[-1]",
         "head",
     ),
     "a nan counted as often as it occurs": Fault(
@@ -214,13 +214,13 @@ SPARSE = {
         "head",
     ),
     "a negative label": Fault(
-        "fused_bce/sparse.py",
+        "fused_bce/arguments.py",
         "if not 0 <= number < size:",
         "if not number < size:",
         "head/test_sparse_target.py",
     ),
     "offsets that do not begin with 0": Fault(
-        "fused_bce/sparse.py",
+        "fused_bce/sparse_checks.py",
         "if first != 0:",
         "if first < 0:",
         "head/test_sparse_target.py",
