@@ -138,6 +138,21 @@ def check_linear_operands(call: LinearCall) -> None:
     )
     if torch.jit.is_tracing():
         return  # which would make constants of the answers, and warn
+    _check_layer(input, linear_weight, linear_bias)
+    _check_sizes(input.shape[:-1], linear_weight.shape[0], target, weights)
+
+
+def check_layer(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    """Raises what a linear layer raises, whoever computes it."""
+    for name, t in (("input", input), ("linear_weight", linear_weight)):
+        check_tensor(name, t)
+    if linear_bias is not None:
+        check_tensor("linear_bias", linear_bias)
+    if not torch.jit.is_tracing():
+        _check_layer(input, linear_weight, linear_bias)
+
+
+def _check_layer(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
     if linear_weight.dim() != 2:
         raise RuntimeError(f"linear_weight must be of shape (C, F), not {_size(linear_weight)}")
     num_labels, features = linear_weight.shape
@@ -149,7 +164,6 @@ def check_linear_operands(call: LinearCall) -> None:
         raise RuntimeError(
             f"linear_bias must be of shape ({num_labels},), not {_size(linear_bias)}"
         )
-    _check_sizes(input.shape[:-1], num_labels, target, weights)
     check_floats("input", input)
     for name, t in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         if t is not None and t.dtype is not input.dtype and not autocast_casts(input, t):
@@ -244,6 +258,23 @@ def autocast_casts(*operands: Tensor) -> bool:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return False
     return all(t.is_floating_point() and t.dtype is not torch.float64 for t in operands)
+
+
+def logits_dtype(input: Tensor, linear_weight: Tensor) -> torch.dtype:
+    """That of the operands, or autocast's, as a layer's: float64 stays what it is."""
+    if autocast_casts(input, linear_weight):
+        return torch.get_autocast_dtype(input.device.type)
+    return input.dtype
+
+
+def check_k(k: int, num_labels: int) -> int:
+    """The same as an int of Python."""
+    k = as_integer("k", k)
+    if not torch.jit.is_tracing() and not 0 <= k <= num_labels:
+        raise RuntimeError(
+            f"k must lie between 0 and the number of labels, {num_labels}, not be {k}"
+        )
+    return k
 
 
 def _size(t: Tensor) -> tuple[int, ...]:

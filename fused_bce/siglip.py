@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from fused_bce.arguments import as_integer
+from fused_bce.checks import logits_dtype
 from fused_bce.coverage import are_shards
 from fused_bce.linear_operator import divisor_of, operator_arguments
 from fused_bce.pairwise import (
     as_linear_call,
     check_pairs,
-    logits_dtype,
     make_target,
     pairwise_sigmoid_loss,
 )

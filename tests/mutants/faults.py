@@ -178,9 +178,9 @@ SPARSE = {
         "head/test_sparse_target.py",
     ),
     "padding over the last label": Fault(
-        "fused_bce/sparse.py",
-        "places = torch.where(flat, flat.cumsum(0) - 1, flat.numel())",
-        "places = torch.where(flat, flat.cumsum(0) - 1, flat.numel() - 1)",
+        "fused_bce/sparse_selection.py",
+        "places = torch.where(kept, kept.cumsum(0) - 1, kept.numel())",
+        "places = torch.where(kept, kept.cumsum(0) - 1, kept.numel() - 1)",
         "head/test_sparse_target.py",
     ),
     "entries of SciPy that occur twice": Fault(
@@ -531,8 +531,8 @@ HEAD = {
     ),
     "a block's part of the weight's gradient": Fault(
         "csrc/head/linear_loss.cpp",
-        "part(input_, 0, rows), grad_scale_, !first_rows);",
-        "part(input_, 0, rows), grad_scale_, false);",
+        "blocks_.input(rows), grad_scale_, !first_rows);",
+        "blocks_.input(rows), grad_scale_, false);",
         "head/test_head.py",
     ),
     "a head's gradient in half precision": Fault(
