@@ -28,6 +28,15 @@ from fused_bce.sparse_checks import (
     is_read,
 )
 from fused_bce.sparse_layouts import SPARSE, entries_of_coo, fields_of_csr, layout_of
+from fused_bce.sparse_selection import (
+    check_bounds,
+    compute_offsets,
+    concatenate,
+    select,
+    slice_labels,
+    slice_rows,
+    take_rows,
+)
 
 _transform = torch._C._functorch.peek_interpreter_stack
 
@@ -82,13 +91,8 @@ class SparseTarget(NamedTuple):
             raise ValueError(f"indices must be of shape (N, K), not {tuple(indices.shape)}")
         # In uint8, -1 would be 255.
         kept = indices.to(torch.int64) != as_integer("padding_value", padding_value)
-        flat = kept.flatten()
-        # All padding to one place at the end, which is left out: a mask would have a length to wait
-        # for.
-        places = torch.where(flat, flat.cumsum(0) - 1, flat.numel())
-        labels = indices.new_zeros(flat.numel() + 1, dtype=_labels_dtype(indices))
-        labels = labels.scatter(0, places, indices.flatten().to(labels.dtype))
-        return cls(labels[:-1], _offsets(kept.sum(1)), num_labels)
+        (labels,) = select(kept.flatten(), indices.flatten().to(_labels_dtype(indices)))
+        return cls(labels, compute_offsets(kept.sum(1)), num_labels)
 
     @classmethod
     def from_lists(
@@ -114,7 +118,7 @@ class SparseTarget(NamedTuple):
         check_integers("labels", labels)
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64, device="cpu")
         device = torch.empty(0, device=device).device
-        return cls(labels.long().to(device), _offsets(lengths).to(device), num_labels)
+        return cls(labels.long().to(device), compute_offsets(lengths).to(device), num_labels)
 
     @classmethod
     def from_csr(cls, matrix: Any) -> "SparseTarget":
@@ -199,6 +203,86 @@ class SparseTarget(NamedTuple):
     def shape(self) -> torch.Size:
         """(N, C)"""
         return torch.Size((self.offsets.shape[0] - 1, self.num_labels))
+
+    @property
+    def num_rows(self) -> int:
+        """N. ``len`` of a named tuple is the number of its fields."""
+        return self.offsets.shape[0] - 1
+
+    def rows(self, begin: int | Tensor, end: int | None = None) -> "SparseTarget":
+        """The targets of some rows: from ``begin`` up to ``end``, or of the rows in a vector of
+        integers, in its order, each as often as it is there.
+
+        The vector waits for a GPU; ``begin`` and ``end`` do not.
+
+        Raises:
+            IndexError: for rows out of range; on a GPU a vector of them is a device-side assertion.
+            TypeError: for anything but integers.
+            ValueError: for a tensor that is no vector.
+
+        Example:
+            >>> import torch
+            >>> from fused_bce import SparseTarget
+            >>> target = SparseTarget.from_lists([[0, 3], [], [1]], num_labels=4)
+            >>> target.rows(1, 3).to_dense(torch.int64)
+            tensor([[0, 0, 0, 0],
+                    [0, 1, 0, 0]])
+            >>> target.rows(torch.tensor([2, 0])).indices
+            tensor([1, 0, 3])
+        """
+        self.check()
+        if isinstance(begin, Tensor):
+            if end is not None:
+                raise TypeError("rows takes begin and end, or one vector of row numbers")
+            return SparseTarget(*take_rows(self, begin))
+        end = self.num_rows if end is None else end
+        begin, end = check_bounds("row", begin, end, self.num_rows)
+        return SparseTarget(*slice_rows(self, begin, end))
+
+    def labels(self, begin: int, end: int) -> "SparseTarget":
+        """The targets of the labels from ``begin`` up to ``end``, columns of the matrix; the first
+        of them becomes label 0. Waits for no GPU.
+
+        Raises:
+            IndexError: for labels out of range.
+            TypeError: for anything but integers.
+
+        Example:
+            >>> from fused_bce import SparseTarget
+            >>> target = SparseTarget.from_lists([[0, 3], [], [2]], num_labels=4)
+            >>> target.labels(2, 4).indices
+            tensor([1, 0])
+        """
+        self.check()
+        begin, end = check_bounds("label", begin, end, self.num_labels)
+        return SparseTarget(*slice_labels(self, begin, end))
+
+    @classmethod
+    def cat(cls, targets: Sequence["SparseTarget"]) -> "SparseTarget":
+        """The rows of several targets, one after the other. If only some have values, those of the
+        others are 1. Waits for no GPU.
+
+        Raises:
+            TypeError: for anything but targets.
+            ValueError: for no target, and for different numbers of labels.
+
+        Example:
+            >>> from fused_bce import SparseTarget
+            >>> one = SparseTarget.from_lists([[0, 3], []], num_labels=4)
+            >>> SparseTarget.cat([one, one.rows(0, 1)]).offsets
+            tensor([0, 2, 2, 4])
+        """
+        targets = list(targets)
+        if not targets:
+            raise ValueError("expected at least one SparseTarget")
+        for target in targets:
+            if not isinstance(target, SparseTarget):
+                raise TypeError(f"expected SparseTargets, not {type(target).__name__}")
+            target.check()
+        sizes = sorted({target.num_labels for target in targets})
+        if len(sizes) > 1:
+            raise ValueError(f"the targets have different numbers of labels: {sizes}")
+        return cls(*concatenate(targets))
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "SparseTarget":
         """The same on another device.
@@ -339,10 +423,6 @@ def as_sparse(target: Tensor | SparseTarget) -> Tensor | SparseTarget:
     if layout is not torch.sparse_coo:
         raise TypeError(f"target must be of layout torch.sparse_csr or sparse_coo, not {layout}")
     return SparseTarget.from_coo(*entries_of_coo(target))
-
-
-def _offsets(lengths: Tensor) -> Tensor:
-    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
 
 
 def _labels_dtype(labels: Tensor) -> torch.dtype:
