@@ -209,7 +209,7 @@ def _check_sizes(
     _check_target_size(leading, num_labels, rows, target)
     for name, t in weights.items():
         if t is not None:
-            _check_weight_size(name, t, rows, num_labels)
+            _check_weight_size(name, t, leading, rows, num_labels)
 
 
 def _check_target_size(
@@ -232,17 +232,24 @@ def _check_target_size(
         )
 
 
-def _check_weight_size(name: str, weight: Tensor, rows: int, num_labels: int) -> None:
-    size = _size(weight)
-    of_labels = len(size) <= 1 or (len(size) == 2 and size[0] == 1)
-    if of_labels and (len(size) == 0 or size[-1] == 1 or size[-1] == num_labels):
+def _check_weight_size(
+    name: str, weight: Tensor, leading: tuple[int, ...], rows: int, num_labels: int
+) -> None:
+    *others, last = _size(weight) if weight.dim() > 0 else (1,)
+    dims = max(len(leading), 1)  # a row alone may have a weight (1, 1)
+    if len(others) <= dims:
+        if all(size == 1 for size in others) and (last == 1 or last == num_labels):
+            return
+        own = leading[len(leading) - len(others) :]
+        if last == 1 and all(n == 1 or n == of for n, of in zip(others, own, strict=False)):
+            return
+    if last == 1 and others == [rows]:
         return
-    if len(size) == 2 and size[1] == 1 and size[0] == rows:
-        return
+    shape = ", ".join(map(str, (*leading, 1)))
     raise RuntimeError(
-        f"{name} has shape {list(size)}, but must be one number, one for each of {num_labels} "
-        f"labels, or of shape ({rows}, 1), one for each row: there is no matrix of logits that it "
-        "could weight"
+        f"{name} has shape {list(weight.shape)}, but must be one number, one for each of "
+        f"{num_labels} labels, or of shape ({shape}), one for each row: there is no matrix of "
+        "logits that it could weight"
     )
 
 

@@ -20,7 +20,7 @@ from fused_bce.checks import (
 from fused_bce.coverage import log_once
 from fused_bce.cross_entropy import BINARY_CROSS_ENTROPY
 from fused_bce.extras import Extras
-from fused_bce.linear_call import LinearCall
+from fused_bce.linear_call import LinearCall, flatten_weight
 from fused_bce.linear_operator import compute_from_logits, evaluate_linear
 from fused_bce.linear_topk import find_topk, topk_of_logits
 from fused_bce.pointwise import evaluate
@@ -56,8 +56,9 @@ def linear_binary_cross_entropy_with_logits(
             a dense one of the shape of the logits; in any dtype that
             :func:`binary_cross_entropy_with_logits` takes.
         linear_bias: (C,).
-        weight: rescales each element's loss: one number, (C,) or (N, 1).
-        pos_weight: weight of positive targets: one number, (C,) or (N, 1).
+        weight: rescales each element's loss: one number, one for each label, (C,), or one for each
+            row, of a shape that broadcasts to (\\*, 1).
+        pos_weight: weight of positive targets, of such a shape.
         reduction: ``"mean"`` over N x C elements, ``"batchmean"``, the sum over the size of the
             first dimension, or ``"sum"``. Prefer ``"batchmean"`` where C is large: it does not
             shrink the gradients as labels are added.
@@ -180,6 +181,7 @@ def _loss_of_logits(
         return evaluate(loss, logits, target, weight, pos_weight, (), reduction, extras)
 
     rows = logits if logits.dim() > 1 else logits[None]
+    weight, pos_weight = (flatten_weight(t, logits.shape[:-1]) for t in (weight, pos_weight))
     return compute_from_logits(compute, rows.flatten(0, -2), target, reduction, rows.size(0))
 
 

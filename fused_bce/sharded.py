@@ -22,7 +22,8 @@ def loss_of_shards(call: LinearCall, divisor: Tensor | None) -> DTensor:
     Along each dimension of the mesh the labels are sharded if the weight is, else the rows if the
     input is, else nothing.
     """
-    input, target = call.matrices()
+    call = call.flattened()
+    input, target = call.input, call.target
     shards = _Shards(input, call.linear_weight)
     if divisor is None and call.reduction == "mean":
         divisor = shards.count(target, call.ignore_index)

@@ -56,8 +56,8 @@ CHECKS = {
     ),
     "a weight for other rows": Fault(
         "fused_bce/checks.py",
-        "if len(size) == 2 and size[1] == 1 and size[0] == rows:",
-        "if len(size) == 2 and size[1] == 1:",
+        "if last == 1 and others == [rows]:",
+        "if last == 1 and len(others) == 1:",
         "head/test_head_roads.py head/test_head_layers.py",
     ),
     "a bias of another size": Fault(
