@@ -78,6 +78,7 @@ void define_and_implement_linear(torch::Library& definitions) {
       "(Tensor loss, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
   def(Linear::kDifferentiableBackward, "bool[3] wanted, Tensor grad_loss, ",
       "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  definitions.def(kTopkSchema);
 
   for (const auto key : kBackends) {
     torch::Library& backend = implementations(key);
@@ -95,6 +96,11 @@ void define_and_implement_linear(torch::Library& definitions) {
       .impl(Linear::kName, kKernel<Linear, linear_autocast<c10::kCUDA>>);
   implementations(c10::DispatchKey::CompositeImplicitAutograd)
       .impl(Linear::kDifferentiableBackward, kKernel<Linear, linear_derivatives>);
+
+  implementations(c10::DispatchKey::CPU).impl("_linear_topk", &linear_topk);
+  implementations(c10::DispatchKey::CompositeExplicitAutograd)
+      .impl("_linear_topk", &linear_topk_composite);
+  meta.impl("_linear_topk", &linear_topk_meta);
 }
 
 }  // namespace

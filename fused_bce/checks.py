@@ -9,10 +9,11 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from fused_bce.arguments import as_integer, check_tensor, is_fake, is_traced_by_proxies
 from fused_bce.dtypes import FLOATS
 from fused_bce.linear_call import LinearCall
 from fused_bce.registrations import constant_in_graphs
-from fused_bce.sparse import SparseTarget, as_integer, check_tensor, is_fake, is_traced_by_proxies
+from fused_bce.sparse import SparseTarget
 
 _MOST_IGNORED = 2**24  # float32 holds all integers up to there
 _OPTIONAL = ("linear_bias", "weight", "pos_weight")
@@ -137,6 +138,21 @@ def check_linear_operands(call: LinearCall) -> None:
     )
     if torch.jit.is_tracing():
         return  # which would make constants of the answers, and warn
+    _check_layer(input, linear_weight, linear_bias)
+    _check_sizes(input.shape[:-1], linear_weight.shape[0], target, weights)
+
+
+def check_layer(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    """Raises what a linear layer raises, whoever computes it."""
+    for name, t in (("input", input), ("linear_weight", linear_weight)):
+        check_tensor(name, t)
+    if linear_bias is not None:
+        check_tensor("linear_bias", linear_bias)
+    if not torch.jit.is_tracing():
+        _check_layer(input, linear_weight, linear_bias)
+
+
+def _check_layer(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
     if linear_weight.dim() != 2:
         raise RuntimeError(f"linear_weight must be of shape (C, F), not {_size(linear_weight)}")
     num_labels, features = linear_weight.shape
@@ -148,7 +164,6 @@ def check_linear_operands(call: LinearCall) -> None:
         raise RuntimeError(
             f"linear_bias must be of shape ({num_labels},), not {_size(linear_bias)}"
         )
-    _check_sizes(input.shape[:-1], num_labels, target, weights)
     check_floats("input", input)
     for name, t in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         if t is not None and t.dtype is not input.dtype and not autocast_casts(input, t):
@@ -194,7 +209,7 @@ def _check_sizes(
     _check_target_size(leading, num_labels, rows, target)
     for name, t in weights.items():
         if t is not None:
-            _check_weight_size(name, t, rows, num_labels)
+            _check_weight_size(name, t, leading, rows, num_labels)
 
 
 def _check_target_size(
@@ -217,17 +232,24 @@ def _check_target_size(
         )
 
 
-def _check_weight_size(name: str, weight: Tensor, rows: int, num_labels: int) -> None:
-    size = _size(weight)
-    of_labels = len(size) <= 1 or (len(size) == 2 and size[0] == 1)
-    if of_labels and (len(size) == 0 or size[-1] == 1 or size[-1] == num_labels):
+def _check_weight_size(
+    name: str, weight: Tensor, leading: tuple[int, ...], rows: int, num_labels: int
+) -> None:
+    *others, last = _size(weight) if weight.dim() > 0 else (1,)
+    dims = max(len(leading), 1)  # a row alone may have a weight (1, 1)
+    if len(others) <= dims:
+        if all(size == 1 for size in others) and (last == 1 or last == num_labels):
+            return
+        own = leading[len(leading) - len(others) :]
+        if last == 1 and all(n == 1 or n == of for n, of in zip(others, own, strict=False)):
+            return
+    if last == 1 and others == [rows]:
         return
-    if len(size) == 2 and size[1] == 1 and size[0] == rows:
-        return
+    shape = ", ".join(map(str, (*leading, 1)))
     raise RuntimeError(
-        f"{name} has shape {list(size)}, but must be one number, one for each of {num_labels} "
-        f"labels, or of shape ({rows}, 1), one for each row: there is no matrix of logits that it "
-        "could weight"
+        f"{name} has shape {list(weight.shape)}, but must be one number, one for each of "
+        f"{num_labels} labels, or of shape ({shape}), one for each row: there is no matrix of "
+        "logits that it could weight"
     )
 
 
@@ -243,6 +265,23 @@ def autocast_casts(*operands: Tensor) -> bool:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return False
     return all(t.is_floating_point() and t.dtype is not torch.float64 for t in operands)
+
+
+def logits_dtype(input: Tensor, linear_weight: Tensor) -> torch.dtype:
+    """That of the operands, or autocast's, as a layer's: float64 stays what it is."""
+    if autocast_casts(input, linear_weight):
+        return torch.get_autocast_dtype(input.device.type)
+    return input.dtype
+
+
+def check_k(k: int, num_labels: int) -> int:
+    """The same as an int of Python."""
+    k = as_integer("k", k)
+    if not torch.jit.is_tracing() and not 0 <= k <= num_labels:
+        raise RuntimeError(
+            f"k must lie between 0 and the number of labels, {num_labels}, not be {k}"
+        )
+    return k
 
 
 def _size(t: Tensor) -> tuple[int, ...]:

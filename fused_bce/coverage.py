@@ -225,18 +225,29 @@ def why_not_linear(call: LinearCall) -> str | None:
         of_target = [(name, getattr(target, name)) for name in ("indices", "offsets", "values")]
     else:
         of_target = [("target", target)]
-    layer = [("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias)]
     constants = [*of_target, ("weight", weight), ("pos_weight", pos_weight)]
-    reason = _why_not_here(*(tensor for _, tensor in (*layer, *constants)))
+    reason = why_not_layer(input, linear_weight, linear_bias, *constants)
+    return reason if reason is not None else _why_not_constant(constants)
+
+
+def why_not_layer(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    *others: tuple[str, Tensor | None],
+) -> str | None:
+    """The same for a linear layer, and for other operands of its loss."""
+    layer = [("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias)]
+    reason = _why_not_here(*(tensor for _, tensor in (*layer, *others)))
     if reason is not None:
         return reason
     compiling = torch.compiler.is_compiling()
-    for name, tensor in (*layer, *constants):
+    for name, tensor in (*layer, *others):
         if tensor is not None:
             reason = _why_not_ordinary(name, tensor, input, layer[:2], compiling)
             if reason is not None:
                 return reason
-    return _why_not_constant(constants)
+    return None
 
 
 def _only_default_device(*arguments: Tensor | None) -> bool:

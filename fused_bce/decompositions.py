@@ -118,6 +118,15 @@ def _linear_loss_and_grads(wanted, grad_loss, input, linear_weight, linear_bias,
     )
 
 
+@_lowers(ops._linear_topk.default)
+def _linear_topk(input, linear_weight, linear_bias, k, dtype=None, chunk_bytes=0):
+    dtype = dtype or input.dtype
+    bias = None if linear_bias is None else linear_bias.to(dtype)
+    logits = torch.nn.functional.linear(input.to(dtype), linear_weight.to(dtype), bias)
+    # Of equal logits ONNX has the lower label first, too.
+    return torch.topk(logits, k)
+
+
 @_lowers(ops._count_unignored.default)
 def _count(target, ignore_index, ignore_nan=False):
     return (~_ignored(target, ignore_index, ignore_nan)).sum(dtype=torch.float64)

@@ -20,8 +20,9 @@ from fused_bce.checks import (
 from fused_bce.coverage import log_once
 from fused_bce.cross_entropy import BINARY_CROSS_ENTROPY
 from fused_bce.extras import Extras
-from fused_bce.linear_call import LinearCall
+from fused_bce.linear_call import LinearCall, flatten_weight
 from fused_bce.linear_operator import compute_from_logits, evaluate_linear
+from fused_bce.linear_topk import find_topk, topk_of_logits
 from fused_bce.pointwise import evaluate
 from fused_bce.registrations import record_call
 from fused_bce.sparse import SparseTarget, as_sparse
@@ -55,8 +56,9 @@ def linear_binary_cross_entropy_with_logits(
             a dense one of the shape of the logits; in any dtype that
             :func:`binary_cross_entropy_with_logits` takes.
         linear_bias: (C,).
-        weight: rescales each element's loss: one number, (C,) or (N, 1).
-        pos_weight: weight of positive targets: one number, (C,) or (N, 1).
+        weight: rescales each element's loss: one number, one for each label, (C,), or one for each
+            row, of a shape that broadcasts to (\\*, 1).
+        pos_weight: weight of positive targets, of such a shape.
         reduction: ``"mean"`` over N x C elements, ``"batchmean"``, the sum over the size of the
             first dimension, or ``"sum"``. Prefer ``"batchmean"`` where C is large: it does not
             shrink the gradients as labels are added.
@@ -179,6 +181,7 @@ def _loss_of_logits(
         return evaluate(loss, logits, target, weight, pos_weight, (), reduction, extras)
 
     rows = logits if logits.dim() > 1 else logits[None]
+    weight, pos_weight = (flatten_weight(t, logits.shape[:-1]) for t in (weight, pos_weight))
     return compute_from_logits(compute, rows.flatten(0, -2), target, reduction, rows.size(0))
 
 
@@ -284,6 +287,56 @@ class LinearBCEWithLogitsLoss(torch.nn.Module):
         if not torch.compiler.is_compiling():
             log_once(reason)
         return _loss_of_logits(self.linear(input), target, **self._options())
+
+    def topk(self, input: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest logits of each row and their labels, in descending order, without the
+        logits as a whole: what ``torch.topk(head.linear(input), k)`` returns.
+
+        It holds one block of logits, of ``chunk_bytes``. Of equal logits the lower label comes
+        first; nan counts as the largest. Nothing of it is differentiable.
+
+        Args:
+            input: (\\*, F), as for forward.
+            k: from 0 to C.
+
+        Returns:
+            Values in the dtype of the logits, and int64 labels, (\\*, k) each. For an input that is
+            a DTensor they are DTensors, of which each process has all labels of its rows.
+
+        Raises:
+            RuntimeError: for a k out of range, and an input that does not fit the layer.
+            TypeError: for a k that is no integer.
+
+        Example:
+            >>> import torch
+            >>> from fused_bce import LinearBCEWithLogitsLoss
+            >>> head = LinearBCEWithLogitsLoss(8, 1000)
+            >>> values, labels = head.topk(torch.randn(2, 8), 5)
+            >>> labels.shape
+            torch.Size([2, 5])
+        """
+        reason = _why_not_computed_by(self.linear)
+        if reason is not None:
+            if not torch.compiler.is_compiling():
+                log_once(reason)
+            with torch.no_grad():
+                return topk_of_logits(self.linear(input), k)
+        found: list[tuple[Tensor, Tensor]] = []
+
+        def find(input, weight, _target, linear_bias) -> Tensor:
+            found.append(find_topk(input, weight, linear_bias, k, self.chunk_bytes))
+            return found[0][0]
+
+        # Through the layer's forward, as hooks may bring its weight then. Those of tensor
+        # parallelism expect one tensor from it.
+        with torch.no_grad():
+            self.linear(input, loss=find)
+        values, labels = found[0][0], found[0][1]
+        if not hasattr(input, "to_local"):
+            values, labels = (
+                t.to_local() if hasattr(t, "to_local") else t for t in (values, labels)
+            )
+        return values, labels
 
     def _loss(self, *operands, linear_bias: Tensor | None) -> Tensor:
         return linear_binary_cross_entropy_with_logits(

@@ -45,7 +45,8 @@ def divisor_of(call: LinearCall) -> Tensor | None:
 
 def operator_arguments(call: LinearCall, divisor: Tensor | None) -> tuple:
     """In the order of the operators' schemas."""
-    input, target = call.matrices()
+    call = call.flattened()
+    input, target = call.input, call.target
     rows = target if isinstance(target, SparseTarget) else None
     return (
         input,
@@ -66,7 +67,8 @@ def operator_arguments(call: LinearCall, divisor: Tensor | None) -> tuple:
 
 
 def _compute_in_torch(call: LinearCall) -> Tensor:
-    input, weight, bias = call.rows.flatten(0, -2), call.linear_weight, call.linear_bias
+    batch_size, call = call.rows.size(0), call.flattened()
+    input, weight, bias = call.input, call.linear_weight, call.linear_bias
     if call.dtype is not None:
         input, weight = input.to(call.dtype), weight.to(call.dtype)
         bias = None if bias is None else bias.to(call.dtype)
@@ -77,7 +79,7 @@ def _compute_in_torch(call: LinearCall) -> Tensor:
         return compute_in_torch(loss, logits, target, *weights, (), reduction, extras)
 
     logits = F.linear(input, weight, bias)
-    return compute_from_logits(compute, logits, call.target, call.reduction, call.rows.size(0))
+    return compute_from_logits(compute, logits, call.target, call.reduction, batch_size)
 
 
 def compute_from_logits(

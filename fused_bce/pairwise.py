@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from fused_bce.arguments import check_tensor
 from fused_bce.checks import (
     autocast_casts,
     check_chunk_bytes,
     check_floats,
     check_reduction_to_scalar,
     check_targets,
+    logits_dtype,
 )
 from fused_bce.linear_call import LinearCall
 from fused_bce.linear_operator import evaluate_linear
 from fused_bce.registrations import record_call
-from fused_bce.sparse import SparseTarget, check_tensor
+from fused_bce.sparse import SparseTarget
 
 _NUMBERS = (Real, torch.SymInt, torch.SymFloat)
 
@@ -120,13 +122,6 @@ def as_linear_call(
         dtype = None
     # A float that is left to its default would be an input of a compiled graph.
     return LinearCall(scaled, input2, bias, target, label_smoothing=0.0, dtype=dtype, **options)
-
-
-def logits_dtype(input1: Tensor, input2: Tensor) -> torch.dtype:
-    """That of the inputs, or autocast's, as a layer's: float64 stays what it is."""
-    if autocast_casts(input1, input2):
-        return torch.get_autocast_dtype(input1.device.type)
-    return input1.dtype
 
 
 def _of_dtype(number: float | Tensor, dtype: torch.dtype) -> float | Tensor:

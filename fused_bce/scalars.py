@@ -5,12 +5,12 @@ import math
 import torch
 from torch import Tensor
 
+from fused_bce.arguments import is_fake
 from fused_bce.checks import check_label_smoothing
 from fused_bce.coverage import are_shards
 from fused_bce.dtypes import MEAN
 from fused_bce.extras import Extras
 from fused_bce.registrations import ops, whole
-from fused_bce.sparse import is_fake
 
 _UNSHARDED = (Tensor, torch.nn.Parameter)
 

@@ -1,11 +1,13 @@
 """The linear head on the shards of DTensors: neither the weight nor logits nor labels travel."""
 
 import math
-from typing import cast
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.nn.functional import pad
 
 from fused_bce.linear_call import LinearCall
 from fused_bce.linear_operator import compute_loss, operator_arguments
@@ -20,7 +22,8 @@ def loss_of_shards(call: LinearCall, divisor: Tensor | None) -> DTensor:
     Along each dimension of the mesh the labels are sharded if the weight is, else the rows if the
     input is, else nothing.
     """
-    input, target = call.matrices()
+    call = call.flattened()
+    input, target = call.input, call.target
     shards = _Shards(input, call.linear_weight)
     if divisor is None and call.reduction == "mean":
         divisor = shards.count(target, call.ignore_index)
@@ -35,6 +38,38 @@ def loss_of_shards(call: LinearCall, divisor: Tensor | None) -> DTensor:
     )
     loss = compute_loss(*operator_arguments(of_this_process, divisor))
     return DTensor.from_local(loss, shards.mesh, shards.placements(None, None, Partial()))
+
+
+def topk_of_shards(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    k: int,
+    *options: Any,
+) -> tuple[DTensor, DTensor]:
+    """Of the rows of this process and all labels: k from each shard of the labels are sent."""
+    shards = _Shards(input, linear_weight)
+    num_labels = linear_weight.shape[0]
+    begin, own = shards.share(num_labels, shards.by_label)
+    found = ops._linear_topk(
+        shards.of(input, rows=0),
+        shards.of(linear_weight, labels=0),
+        None if linear_bias is None else shards.of(linear_bias, labels=0),
+        min(k, own),
+        *options,
+    )
+    # As many from each, those that it does not have behind all others.
+    missing = (0, k - min(k, own))
+    values, labels = (
+        shards.gather_labels(pad(t, missing, value=value), k)
+        for t, value in ((found[0], -math.inf), (found[1] + begin, num_labels))
+    )
+    labels, order = labels.sort(dim=1)
+    values, best = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return (
+        shards.matrix(values[:, :k].contiguous(), k, labels=None),
+        shards.matrix(labels.gather(1, best[:, :k]), k, labels=None),
+    )
 
 
 class _Shards:
@@ -101,6 +136,22 @@ class _Shards:
             before = min(chunk * self.mesh.get_local_rank(dim), size)
             begin, size = begin + before, min(chunk, size - before)
         return begin, size
+
+    def gather_labels(self, t: Tensor, k: int) -> Tensor:
+        """The k columns of every shard of the labels, of the rows of this process."""
+        parts = math.prod(
+            self.mesh.size(dim) for dim, is_sharded in enumerate(self.by_label) if is_sharded
+        )
+        whole = self.matrix(t, k * parts, labels=1)
+        return whole.redistribute(placements=self.placements(0, None, Replicate())).to_local()
+
+    def matrix(self, t: Tensor, columns: int, labels: int | None) -> DTensor:
+        """Of all rows, from those of this process."""
+        placements = self.placements(0, labels, Replicate())
+        shape, stride = torch.Size((self.shape[0], columns)), (columns, 1)
+        return DTensor.from_local(
+            t, self.mesh, placements, run_check=False, shape=shape, stride=stride
+        )
 
     def count(self, target: Tensor | SparseTarget, ignored: int | float | None) -> Tensor:
         """What mean divides by: for each process the same."""

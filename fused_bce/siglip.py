@@ -9,17 +9,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.fx import Proxy
 
+from fused_bce.arguments import as_integer
+from fused_bce.checks import logits_dtype
 from fused_bce.coverage import are_shards
 from fused_bce.linear_operator import divisor_of, operator_arguments
 from fused_bce.pairwise import (
     as_linear_call,
     check_pairs,
-    logits_dtype,
     make_target,
     pairwise_sigmoid_loss,
 )
 from fused_bce.registrations import ops, outside_graphs, record_call
-from fused_bce.sparse import as_integer
 
 
 class _Turn(NamedTuple):

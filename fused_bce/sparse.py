@@ -2,8 +2,6 @@
 
 import functools
 import math
-import operator
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,17 +9,36 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fused_bce.dtypes import TARGETS
+from fused_bce.arguments import (
+    as_count,
+    as_integer,
+    check_integers,
+    check_range,
+    check_tensor,
+    describe,
+    in_graph,
+    is_assertable,
+    is_readable,
+)
+from fused_bce.sparse_checks import (
+    LABELS,
+    assert_numbers,
+    check_numbers,
+    check_structure,
+    is_read,
+)
+from fused_bce.sparse_layouts import SPARSE, entries_of_coo, fields_of_csr, layout_of
+from fused_bce.sparse_selection import (
+    check_bounds,
+    compute_offsets,
+    concatenate,
+    select,
+    slice_labels,
+    slice_rows,
+    take_rows,
+)
 
 _transform = torch._C._functorch.peek_interpreter_stack
-_LABELS = (torch.int32, torch.int64)
-_SPARSE = (
-    torch.sparse_coo,
-    torch.sparse_csr,
-    torch.sparse_csc,
-    torch.sparse_bsr,
-    torch.sparse_bsc,
-)
 
 
 class SparseTarget(NamedTuple):
@@ -68,19 +85,14 @@ class SparseTarget(NamedTuple):
             TypeError: for indices that are no tensor of integers.
             ValueError: for indices that are no matrix.
         """
-        num_labels = _count("num_labels", num_labels)
-        _check_integers("indices", indices)
+        num_labels = as_count("num_labels", num_labels)
+        check_integers("indices", indices)
         if indices.dim() != 2:
             raise ValueError(f"indices must be of shape (N, K), not {tuple(indices.shape)}")
         # In uint8, -1 would be 255.
         kept = indices.to(torch.int64) != as_integer("padding_value", padding_value)
-        flat = kept.flatten()
-        # All padding to one place at the end, which is left out: a mask would have a length to wait
-        # for.
-        places = torch.where(flat, flat.cumsum(0) - 1, flat.numel())
-        labels = indices.new_zeros(flat.numel() + 1, dtype=_labels_dtype(indices))
-        labels = labels.scatter(0, places, indices.flatten().to(labels.dtype))
-        return cls(labels[:-1], _offsets(kept.sum(1)), num_labels)
+        (labels,) = select(kept.flatten(), indices.flatten().to(_labels_dtype(indices)))
+        return cls(labels, compute_offsets(kept.sum(1)), num_labels)
 
     @classmethod
     def from_lists(
@@ -95,7 +107,7 @@ class SparseTarget(NamedTuple):
         Raises:
             TypeError: for labels that are not integers, as in a row of 0 and 1 for all labels.
         """
-        num_labels = _count("num_labels", num_labels)
+        num_labels = as_count("num_labels", num_labels)
         rows = list(rows)
         flat = [label for row in rows for label in row]
         for kind in set(map(type, flat)):
@@ -103,10 +115,10 @@ class SparseTarget(NamedTuple):
                 raise TypeError(f"labels must be integers, not of {kind.__name__}")
         # Tensors of one number are of any dtype.
         labels = torch.tensor(flat, device="cpu") if flat else torch.empty(0, device="cpu").long()
-        _check_integers("labels", labels)
+        check_integers("labels", labels)
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64, device="cpu")
         device = torch.empty(0, device=device).device
-        return cls(labels.long().to(device), _offsets(lengths).to(device), num_labels)
+        return cls(labels.long().to(device), compute_offsets(lengths).to(device), num_labels)
 
     @classmethod
     def from_csr(cls, matrix: Any) -> "SparseTarget":
@@ -121,7 +133,7 @@ class SparseTarget(NamedTuple):
             ValueError: for batches of matrices, and for matrices of vectors.
         """
         if isinstance(matrix, Tensor) and matrix.layout is torch.sparse_csr:
-            target = _of_csr(matrix)
+            target = cls(*fields_of_csr(matrix))
         elif not isinstance(matrix, Tensor) and hasattr(matrix, "tocsr"):
             if len(matrix.shape) != 2:
                 raise ValueError(f"expected a matrix (N, C), not of shape {matrix.shape}")
@@ -153,9 +165,9 @@ class SparseTarget(NamedTuple):
             ValueError: if they are no vectors of the same length.
             IndexError: for a row out of range; on a GPU it is a device-side assertion.
         """
-        num_rows, num_labels = (_count("sizes in shape", size) for size in shape)
-        _check_integers("rows", rows)
-        _check_integers("columns", columns)
+        num_rows, num_labels = (as_count("sizes in shape", size) for size in shape)
+        check_integers("rows", rows)
+        check_integers("columns", columns)
         if rows.dim() != 1 or rows.shape != columns.shape:
             raise ValueError(
                 f"rows and columns must be vectors of the same length, not of shapes "
@@ -165,12 +177,12 @@ class SparseTarget(NamedTuple):
             check_tensor("values", values)
             if values.shape != rows.shape:
                 raise ValueError(
-                    f"values must be as many as rows, {len(rows)}, not {_what(values)}"
+                    f"values must be as many as rows, {len(rows)}, not {describe(values)}"
                 )
-        if _readable(rows):
+        if is_readable(rows):
             if rows.numel():
-                _check_range("row", int(rows.min()), int(rows.max()), num_rows)
-        elif _assertable(rows):
+                check_range("row", int(rows.min()), int(rows.max()), num_rows)
+        elif is_assertable(rows):
             torch._assert_async(((rows >= 0) & (rows < num_rows)).all(), "a row is out of range")
         rows, order = rows.to(torch.int64).sort(stable=True)
         starts = torch.arange(num_rows + 1, device=rows.device)
@@ -184,13 +196,93 @@ class SparseTarget(NamedTuple):
     @classmethod
     def identity(cls, n: int, *, device: torch.device | str | None = None) -> "SparseTarget":
         """Row i has label i alone: the target of a batch of pairs."""
-        n = _count("n", n)
+        n = as_count("n", n)
         return cls(torch.arange(n, device=device), torch.arange(n + 1, device=device), n)
 
     @property
     def shape(self) -> torch.Size:
         """(N, C)"""
         return torch.Size((self.offsets.shape[0] - 1, self.num_labels))
+
+    @property
+    def num_rows(self) -> int:
+        """N. ``len`` of a named tuple is the number of its fields."""
+        return self.offsets.shape[0] - 1
+
+    def rows(self, begin: int | Tensor, end: int | None = None) -> "SparseTarget":
+        """The targets of some rows: from ``begin`` up to ``end``, or of the rows in a vector of
+        integers, in its order, each as often as it is there.
+
+        The vector waits for a GPU; ``begin`` and ``end`` do not.
+
+        Raises:
+            IndexError: for rows out of range; on a GPU a vector of them is a device-side assertion.
+            TypeError: for anything but integers.
+            ValueError: for a tensor that is no vector.
+
+        Example:
+            >>> import torch
+            >>> from fused_bce import SparseTarget
+            >>> target = SparseTarget.from_lists([[0, 3], [], [1]], num_labels=4)
+            >>> target.rows(1, 3).to_dense(torch.int64)
+            tensor([[0, 0, 0, 0],
+                    [0, 1, 0, 0]])
+            >>> target.rows(torch.tensor([2, 0])).indices
+            tensor([1, 0, 3])
+        """
+        self.check()
+        if isinstance(begin, Tensor):
+            if end is not None:
+                raise TypeError("rows takes begin and end, or one vector of row numbers")
+            return SparseTarget(*take_rows(self, begin))
+        end = self.num_rows if end is None else end
+        begin, end = check_bounds("row", begin, end, self.num_rows)
+        return SparseTarget(*slice_rows(self, begin, end))
+
+    def labels(self, begin: int, end: int) -> "SparseTarget":
+        """The targets of the labels from ``begin`` up to ``end``, columns of the matrix; the first
+        of them becomes label 0. Waits for no GPU.
+
+        Raises:
+            IndexError: for labels out of range.
+            TypeError: for anything but integers.
+
+        Example:
+            >>> from fused_bce import SparseTarget
+            >>> target = SparseTarget.from_lists([[0, 3], [], [2]], num_labels=4)
+            >>> target.labels(2, 4).indices
+            tensor([1, 0])
+        """
+        self.check()
+        begin, end = check_bounds("label", begin, end, self.num_labels)
+        return SparseTarget(*slice_labels(self, begin, end))
+
+    @classmethod
+    def cat(cls, targets: Sequence["SparseTarget"]) -> "SparseTarget":
+        """The rows of several targets, one after the other. If only some have values, those of the
+        others are 1. Waits for no GPU.
+
+        Raises:
+            TypeError: for anything but targets.
+            ValueError: for no target, and for different numbers of labels.
+
+        Example:
+            >>> from fused_bce import SparseTarget
+            >>> one = SparseTarget.from_lists([[0, 3], []], num_labels=4)
+            >>> SparseTarget.cat([one, one.rows(0, 1)]).offsets
+            tensor([0, 2, 2, 4])
+        """
+        targets = list(targets)
+        if not targets:
+            raise ValueError("expected at least one SparseTarget")
+        for target in targets:
+            if not isinstance(target, SparseTarget):
+                raise TypeError(f"expected SparseTargets, not {type(target).__name__}")
+            target.check()
+        sizes = sorted({target.num_labels for target in targets})
+        if len(sizes) > 1:
+            raise ValueError(f"the targets have different numbers of labels: {sizes}")
+        return cls(*concatenate(targets))
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "SparseTarget":
         """The same on another device.
@@ -224,14 +316,14 @@ class SparseTarget(NamedTuple):
         if self.values is None:
             dense = torch.zeros(size, dtype=torch.bool, device=self.indices.device)
             dense = (
-                dense.index_fill(0, places, 1) if _in_graph() else dense.index_fill_(0, places, 1)
+                dense.index_fill(0, places, 1) if in_graph() else dense.index_fill_(0, places, 1)
             )
             return dense[:-1].view(num_rows, num_labels)
         # Of bool there is no maximum.
         values = self.values.to(torch.promote_types(self.values.dtype, torch.uint8))
         dense = values.new_zeros(size)
         # In place where that is nobody's affair, for there would be two of it.
-        functional = _in_graph() or values.requires_grad
+        functional = in_graph() or values.requires_grad
         scatter = dense.scatter_reduce if functional else dense.scatter_reduce_
         isnan = values.isnan() if values.requires_grad else None
         given = values if isnan is None else values.masked_fill(isnan, 0)
@@ -250,41 +342,20 @@ class SparseTarget(NamedTuple):
     def check(self) -> None:
         """Raises what the losses raise for it: see the class."""
         self.check_structure()
-        if _readable(self.indices):
-            self._check_numbers()
-        elif _assertable(self.indices):
-            self._assert_numbers()
+        if is_readable(self.indices):
+            check_numbers(self)
+        elif is_assertable(self.indices):
+            assert_numbers(self)
 
     def check_structure(self) -> None:
         """The same for all but the numbers."""
-        indices, offsets, num_labels, values = self
-        if not isinstance(indices, Tensor) or indices.dtype not in _LABELS or indices.dim() != 1:
-            raise TypeError(f"indices must be a vector of int32 or int64, not {_what(indices)}")
-        if not isinstance(offsets, Tensor) or offsets.dtype != torch.int64 or offsets.dim() != 1:
-            raise TypeError(f"offsets must be a vector of int64, not {_what(offsets)}")
-        if not _is_int(num_labels):
-            raise TypeError(f"num_labels must be an integer, not {num_labels!r}")
-        if values is not None:
-            check_tensor("values", values)
-            if values.dtype not in TARGETS:
-                raise TypeError(f"values must be of a dtype that a loss takes, not {values.dtype}")
-        if torch.jit.is_tracing():
-            return  # which would make constants of the answers, and warn
-        if num_labels < 0:
-            raise ValueError(f"num_labels must not be negative, as {num_labels}")
-        if offsets.shape[0] == 0:
-            raise ValueError("offsets must have one number more than there are rows, hence one")
-        if values is not None and values.shape != indices.shape:
-            raise TypeError(f"values must be as many as indices, not {_what(values)}")
-        for name, t in (("offsets", offsets), ("values", values)):
-            if t is not None and t.device != indices.device:
-                raise RuntimeError(f"indices are on {indices.device}, but {name} on {t.device}")
+        check_structure(self)
 
     def read_values(self) -> Tensor | None:
         """The values, with 0 for those that no row has."""
         if self.values is None:
             return None
-        return self.values.masked_fill(self._unread(), 0)
+        return self.values.masked_fill(~is_read(self), 0)
 
     def has_floats(self) -> bool:
         """Whether a value may be nan."""
@@ -296,7 +367,7 @@ class SparseTarget(NamedTuple):
         isnan = self.values.isnan()
         size = (self.offsets.shape[0] - 1) * self.num_labels
         # vmap refuses a branch on a tensor's values.
-        if _readable(isnan) and _transform() is None and not isnan.any():
+        if is_readable(isnan) and _transform() is None and not isnan.any():
             return isnan.new_full((), size, dtype=torch.float64)
         # A label may occur several times in a row, so count the distinct places. Only a sort does
         # that with a length known beforehand: torch.unique would make the host wait.
@@ -312,35 +383,6 @@ class SparseTarget(NamedTuple):
         inside = (rows >= 0) & (rows < num_rows)
         inside = inside & (self.indices >= 0) & (self.indices < num_labels)
         return torch.where(inside, rows * num_labels + self.indices, outside)
-
-    def _unread(self) -> Tensor:
-        places = torch.arange(self.indices.shape[0], device=self.indices.device)
-        return places >= self.offsets[-1]
-
-    def _check_numbers(self) -> None:
-        first, last = int(self.offsets[0]), int(self.offsets[-1])
-        if first != 0:
-            raise ValueError(f"offsets must begin with 0, not {first}")
-        if not 0 <= last <= self.indices.shape[0]:
-            raise ValueError(
-                f"offsets must end with at most the number of indices, {self.indices.shape[0]}, "
-                f"not {last}"
-            )
-        falls = self.offsets.diff() < 0
-        if falls.any():
-            raise ValueError(
-                f"offsets must ascend, but fall behind row {int(falls.int().argmax())}"
-            )
-        if last:
-            lowest, highest = self.indices[:last].aminmax()
-            _check_range("label", int(lowest), int(highest), self.num_labels)
-
-    def _assert_numbers(self) -> None:
-        offsets, indices = self.offsets, self.indices
-        ascend = (offsets.diff() >= 0).all() & (offsets[0] == 0)
-        torch._assert_async(ascend & (offsets[-1] <= indices.shape[0]), "bad offsets")
-        inside = (indices >= 0) & (indices < self.num_labels)
-        torch._assert_async((inside | self._unread()).all(), "a label is out of range")
 
 
 def _take_all_fields_at_once(make):
@@ -372,127 +414,22 @@ def as_sparse(target: Tensor | SparseTarget) -> Tensor | SparseTarget:
     """The same, but that a sparse tensor becomes a SparseTarget. It keeps its values, also if all
     are 1: dtypes must not depend on numbers.
     """
-    if not isinstance(target, Tensor) or (layout := _layout(target)) not in _SPARSE:
+    if not isinstance(target, Tensor) or (layout := layout_of(target)) not in SPARSE:
         return target
     if layout is torch.sparse_csr:
-        sparse = _of_csr(target)
+        sparse = SparseTarget(*fields_of_csr(target))
         sparse.check_structure()
         return sparse
     if layout is not torch.sparse_coo:
         raise TypeError(f"target must be of layout torch.sparse_csr or sparse_coo, not {layout}")
-    _check_matrix(target)
-    target = target.coalesce()
-    rows, columns = target.indices()
-    num_rows, num_labels = target.shape
-    return SparseTarget.from_coo(rows, columns, (num_rows, num_labels), _values_of(target))
-
-
-def _of_csr(matrix: Tensor) -> SparseTarget:
-    _check_matrix(matrix)
-    offsets = matrix.crow_indices().to(torch.int64)
-    return SparseTarget(matrix.col_indices(), offsets, matrix.shape[1], _values_of(matrix))
-
-
-def _values_of(matrix: Tensor) -> Tensor:
-    # Not a view of a sparse tensor: torch.compile, which leaves those out of its graphs, fails on
-    # views of them.
-    return matrix.values().clone()
-
-
-def _check_matrix(matrix: Tensor) -> None:
-    if matrix.dim() != 2 or matrix.dense_dim() != 0:
-        raise ValueError(
-            f"a sparse target must be a matrix (N, C) of numbers, not of shape "
-            f"{tuple(matrix.shape)} with {matrix.dense_dim()} dense dimensions"
-        )
-
-
-def _layout(target: Tensor) -> torch.layout:
-    if torch.compiler.is_compiling():
-        return target.layout
-    with torch._C.DisableTorchFunction():  # a subclass would see it being asked for
-        return target.layout
-
-
-def _offsets(lengths: Tensor) -> Tensor:
-    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    return SparseTarget.from_coo(*entries_of_coo(target))
 
 
 def _labels_dtype(labels: Tensor) -> torch.dtype:
-    return labels.dtype if labels.dtype in _LABELS else torch.int64
+    return labels.dtype if labels.dtype in LABELS else torch.int64
 
 
 def _without_ones(target: SparseTarget) -> SparseTarget:
     values = target.values
-    ones = values is not None and _readable(values) and bool((values == 1).all())
+    ones = values is not None and is_readable(values) and bool((values == 1).all())
     return target._replace(values=None) if ones else target
-
-
-def _in_graph() -> bool:
-    return torch.compiler.is_compiling() or is_traced_by_proxies()
-
-
-# Nothing is fake, or traced by proxies, before torch has imported the module for it: not all
-# releases do so at once.
-def is_fake(t: Tensor) -> bool:
-    module = sys.modules.get("torch._subclasses.fake_tensor")
-    return module is not None and isinstance(t, module.FakeTensor)
-
-
-def is_traced_by_proxies() -> bool:
-    module = sys.modules.get("torch.fx.experimental.proxy_tensor")
-    return module is not None and module.get_proxy_mode() is not None
-
-
-def _readable(t: Tensor) -> bool:
-    """Whether the host has its numbers at hand, and no graph is made."""
-    if _in_graph() or torch.jit.is_tracing():
-        return False
-    return t.is_cpu and not is_fake(t)
-
-
-def _assertable(t: Tensor) -> bool:
-    """Whether it has numbers later: on its device, or in the graph that is made."""
-    if _in_graph():
-        return True
-    return not (torch.jit.is_tracing() or t.is_meta or is_fake(t))
-
-
-def _is_int(n: object) -> bool:
-    return isinstance(n, int | torch.SymInt) and not isinstance(n, bool)
-
-
-def as_integer(name: str, n: int) -> int:
-    if _is_int(n):
-        return n
-    if isinstance(n, bool) or not hasattr(n, "__index__"):
-        raise TypeError(f"{name} must be an integer, not {n!r}")
-    return operator.index(n)
-
-
-def _count(name: str, n: int) -> int:
-    n = as_integer(name, n)
-    if not torch.jit.is_tracing() and n < 0:
-        raise ValueError(f"{name} must not be negative, as {n}")
-    return n
-
-
-def check_tensor(name: str, t: object) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a tensor, not {_what(t)}")
-
-
-def _check_integers(name: str, t: Tensor) -> None:
-    check_tensor(name, t)
-    if t.is_floating_point() or t.is_complex() or t.dtype is torch.bool:
-        raise TypeError(f"{name} must be of integers, not {t.dtype}")
-
-
-def _check_range(name: str, lowest: int, highest: int, size: int) -> None:
-    for number in (lowest, highest):
-        if not 0 <= number < size:
-            raise IndexError(f"{name} {number} is out of range for {size} {name}s")
-
-
-def _what(t: object) -> str:
-    return f"of {t.dtype} and shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__

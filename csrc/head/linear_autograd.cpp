@@ -50,6 +50,7 @@ struct LinearBCEWithLogitsFunction : torch::autograd::Function<LinearBCEWithLogi
   // Under saved-tensor hooks, which do not see it, nothing of gradient size is held; nor a gradient
   // that would underflow in float16 before the loss scale arrives.
   static bool stores_grads(const LinearOperands& o, const Wanted& wanted) {
+    if (o.recompute) return false;
     const bool in_half = wanted[1] && o.linear_weight.scalar_type() == at::kHalf;
     return !in_half && !at::SavedTensorDefaultHooks::get_hooks();
   }

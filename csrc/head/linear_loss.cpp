@@ -11,13 +11,11 @@
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 
-#include <algorithm>
-#include <cmath>
 #include <string>
 
-#include "../cpu/isa.h"
 #include "../operands.h"
 #include "linear_operands.h"
+#include "logit_blocks.h"
 #include "target_blocks.h"
 
 namespace fused_bce {
@@ -32,32 +30,6 @@ at::ScalarType LinearOperands::loss_dtype() const {
 }
 
 namespace {
-
-// Of a block of logits. On the CPU it stays in the cache between the kernels and the products; a
-// GPU has to be filled.
-constexpr int64_t kChunkBytesOnCpu = int64_t{4} << 20;
-constexpr int64_t kChunkBytesOnGpu = int64_t{256} << 20;
-// Products of blocks narrower than this are slow.
-constexpr int64_t kLeastWidth = 256;
-
-Tensor part(const Tensor& t, int64_t dim, Range range) {
-  return t.narrow(dim, range.begin, range.size);
-}
-
-// f(range, whether it is the first) for all parts of `size`
-template <class F>
-void for_ranges(int64_t size, int64_t step, const F& f) {
-  for (int64_t begin = 0; begin < size; begin += step)
-    f(Range{begin, std::min(step, size - begin)}, begin == 0);
-}
-
-// The CPU's products of half types are slow where it has no instructions for them: there the
-// operands are widened block by block.
-at::ScalarType product_dtype(const LinearOperands& o) {
-  const at::ScalarType type = o.logits_dtype();
-  if (!o.input.is_cpu() || (type == at::kBFloat16 && multiplies_bfloat16())) return type;
-  return o.wide_dtype();
-}
 
 // sum = alpha a b, or with more, sum += alpha a b, added up in the dtype of the sum.
 void add_product(Tensor& sum, const Tensor& a, const Tensor& b, double alpha, bool more) {
@@ -83,16 +55,12 @@ class LinearLossCall {
       : device_(operands.input.device()),
         o_(operands),
         wanted_(wanted),
-        rows_(o_.input.size(0)),
-        labels_(o_.linear_weight.size(0)),
-        logits_dtype_(o_.logits_dtype()),
-        product_dtype_(product_dtype(o_)),
-        input_(as_factor(o_.input)),
+        blocks_(o_),
+        rows_(blocks_.rows()),
+        labels_(blocks_.labels()),
         grad_loss_(grad_loss) {
-    choose_blocks();
     set_divisor();
     const auto options = o_.input.options();
-    logits_ = at::empty({block_rows_ * block_labels_}, options.dtype(product_dtype_));
     sum_ = at::zeros({}, options.dtype(at::kDouble));
     const auto gradient = [&](bool of, at::IntArrayRef sizes) {
       // What has no rows or labels gets no block.
@@ -106,21 +74,22 @@ class LinearLossCall {
   }
 
   LinearLoss run() {
-    TargetBlocks target(o_, block_rows_, block_labels_);
+    const int64_t block_rows = blocks_.block_rows(), block_labels = blocks_.block_labels();
+    TargetBlocks target(o_, block_rows, block_labels);
     // Labels outside, so that a block of the weight is cast once, and that of its gradient is
     // complete before the next.
-    for_ranges(labels_, block_labels_, [&](Range labels, bool first_labels) {
-      const Tensor weight = as_factor(part(o_.linear_weight, 0, labels));
+    for_ranges(labels_, block_labels, [&](Range labels, bool first_labels) {
+      const Tensor weight = blocks_.weight(labels);
       Tensor grad_weight = grad_weight_sum(labels);
-      for_ranges(rows_, block_rows_, [&](Range rows, bool first_rows) {
-        const Tensor block = logits(rows, labels, weight);
+      for_ranges(rows_, block_rows, [&](Range rows, bool first_rows) {
+        const Tensor block = blocks_.logits(rows, labels, weight);
         add_loss(block, target.block(rows, labels), rows, labels);
         if (wanted_[0]) {
           Tensor sum = part(grad_input_, 0, rows);
           add_product(sum, block, weight, grad_scale_, !first_labels);
         }
         if (wanted_[1])
-          add_product(grad_weight, block.t(), part(input_, 0, rows), grad_scale_, !first_rows);
+          add_product(grad_weight, block.t(), blocks_.input(rows), grad_scale_, !first_rows);
         if (wanted_[2])
           part(grad_bias_, 0, labels).add_(at::sum(block, 0, false, o_.wide_dtype()), grad_scale_);
       });
@@ -131,28 +100,6 @@ class LinearLossCall {
 
  private:
   bool any_wanted() const { return wanted_[0] || wanted_[1] || wanted_[2]; }
-
-  Tensor as_factor(const Tensor& t) const { return t.to(logits_dtype_).to(product_dtype_); }
-
-  // Of the longer of both sides, and of the shorter one where a block would be too narrow.
-  void choose_blocks() {
-    const int64_t by_default = o_.input.is_cpu() ? kChunkBytesOnCpu : kChunkBytesOnGpu;
-    const int64_t bytes = o_.chunk_bytes > 0 ? o_.chunk_bytes : by_default;
-    const int64_t elements =
-        std::max<int64_t>(bytes / static_cast<int64_t>(c10::elementSize(product_dtype_)), 1);
-    const auto square = static_cast<int64_t>(std::sqrt(static_cast<double>(elements)));
-    const auto at_most = [](int64_t size, int64_t most) {
-      return std::max<int64_t>(std::min(size, most), 1);
-    };
-    int64_t& shorter = labels_ < rows_ ? block_labels_ : block_rows_;
-    int64_t& longer = labels_ < rows_ ? block_rows_ : block_labels_;
-    shorter = at_most(std::min(labels_, rows_), std::max(elements / kLeastWidth, square));
-    // A block of the weight is no larger either where it is cast, for one product or for all.
-    const bool casts = o_.linear_weight.scalar_type() != product_dtype_ ||
-                       (o_.input.is_cpu() && product_dtype_ != o_.wide_dtype());
-    const int64_t width = casts ? std::max(shorter, o_.input.size(1)) : shorter;
-    longer = at_most(std::max(labels_, rows_), elements / width);
-  }
 
   // As a factor of the products if the host knows it, else of what they give.
   void set_divisor() {
@@ -166,18 +113,6 @@ class LinearLossCall {
       if (!divisor.is_cpu()) late_divisor_ = divisor;
     }
     grad_scale_ = 1 / host_divisor_;
-  }
-
-  Tensor logits(Range rows, Range labels, const Tensor& weight) {
-    Tensor block = logits_.narrow(0, 0, rows.size * labels.size).view({rows.size, labels.size});
-    const Tensor input = part(input_, 0, rows);
-    if (o_.linear_bias)
-      at::addmm_out(block, as_factor(part(*o_.linear_bias, 0, labels)), input, weight.t());
-    else
-      at::mm_out(block, input, weight.t());
-    // As torch's layer rounds them
-    if (product_dtype_ != logits_dtype_) block.copy_(block.to(logits_dtype_));
-    return block;
   }
 
   static OptionalTensor part_of(const OptionalTensor& given, Range rows, Range labels) {
@@ -203,7 +138,8 @@ class LinearLossCall {
   Tensor grad_weight_sum(Range labels) {
     if (!wanted_[1]) return {};
     Tensor place = part(grad_weight_, 0, labels);
-    const bool once = block_rows_ >= rows_ && product_dtype_ == place.scalar_type();
+    const bool once =
+        blocks_.block_rows() >= rows_ && blocks_.product_dtype() == place.scalar_type();
     if (!grad_loss_ && (once || place.scalar_type() == o_.wide_dtype())) return place;
     return at::empty(place.sizes(), place.options().dtype(o_.wide_dtype()));
   }
@@ -226,14 +162,12 @@ class LinearLossCall {
   c10::DeviceGuard device_;
   const LinearOperands& o_;
   Wanted wanted_;
+  LogitBlocks blocks_;
   int64_t rows_, labels_;
-  at::ScalarType logits_dtype_, product_dtype_;
-  Tensor input_;
   OptionalTensor grad_loss_;
-  int64_t block_rows_ = 1, block_labels_ = 1;
   double host_divisor_ = 1, grad_scale_ = 1;
   Tensor late_divisor_;
-  Tensor logits_, sum_;
+  Tensor sum_;
   Tensor grad_input_, grad_weight_, grad_bias_;
 };
 
@@ -278,12 +212,30 @@ void check_target(const LinearOperands& o, const c10::SymInt& rows, const c10::S
 
 }  // namespace
 
-void check_linear(const LinearOperands& o, const OptionalTensor& grad_loss) {
+void check_layer(const LinearOperands& o) {
   dtype_of("input", o.input.scalar_type());
   dtype_of("logits", o.logits_dtype());
+  TORCH_CHECK_VALUE(o.chunk_bytes >= 0, "chunk_bytes must not be negative, as ", o.chunk_bytes);
+  // Of another dtype it may be where all are cast.
+  const auto is_of_layer = [&](const Tensor& t) {
+    const at::ScalarType type = t.scalar_type();
+    return t.device() == o.input.device() &&
+           (o.dtype ? at::isFloatingType(type) : type == o.input.scalar_type());
+  };
+  const Tensor& weight = o.linear_weight;
+  TORCH_CHECK(is_of_layer(weight) && o.input.dim() == 2 && weight.dim() == 2 &&
+                  weight.sym_size(1) == o.input.sym_size(1),
+              misfit("linear_weight", weight, o));
+  const OptionalTensor& bias = o.linear_bias;
+  TORCH_CHECK(!bias || (is_of_layer(*bias) && bias->dim() == 1 &&
+                        bias->sym_size(0) == weight.sym_size(0)),
+              misfit("linear_bias", *bias, o));
+}
+
+void check_linear(const LinearOperands& o, const OptionalTensor& grad_loss) {
+  check_layer(o);
   TORCH_CHECK_VALUE(o.reduction == at::Reduction::Mean || o.reduction == at::Reduction::Sum,
                     "reduction must be mean or sum, not ", o.reduction);
-  TORCH_CHECK_VALUE(o.chunk_bytes >= 0, "chunk_bytes must not be negative, as ", o.chunk_bytes);
   const auto check = [&](const char* name, const OptionalTensor& t, const auto& fits) {
     TORCH_CHECK(!t || fits(*t), misfit(name, *t, o));
   };
@@ -291,18 +243,7 @@ void check_linear(const LinearOperands& o, const OptionalTensor& grad_loss) {
   const auto is_near_or_number = [&](const Tensor& t) {
     return is_near(t) || (t.is_cpu() && t.dim() == 0);
   };
-  // Of another dtype it may be where all are cast.
-  const auto is_of_layer = [&](const Tensor& t) {
-    const at::ScalarType type = t.scalar_type();
-    return is_near(t) && (o.dtype ? at::isFloatingType(type) : type == o.input.scalar_type());
-  };
-  check("linear_weight", o.linear_weight, [&](const Tensor& t) {
-    return is_of_layer(t) && o.input.dim() == 2 && t.dim() == 2 &&
-           t.sym_size(1) == o.input.sym_size(1);
-  });
   const auto rows = o.input.sym_size(0), labels = o.linear_weight.sym_size(0);
-  check("linear_bias", o.linear_bias,
-        [&](const Tensor& t) { return is_of_layer(t) && t.dim() == 1 && t.sym_size(0) == labels; });
   check("target", o.target, is_near);
   check("offsets", o.offsets, is_near);
   check("values", o.values, is_near);

@@ -21,6 +21,8 @@ struct LinearOperands : LossOptions {
   OptionalTensor weight = {};
   OptionalTensor pos_weight = {};
   int64_t chunk_bytes = 0;  // most bytes of a block of logits; 0: by default
+  // For autograd: whether the gradients wait for backward.
+  bool recompute = false;
 
   at::ScalarType logits_dtype() const { return dtype.value_or(input.scalar_type()); }
   // The losses and the sums over rows and labels
@@ -47,11 +49,31 @@ at::Tensor loss_only(const LinearOperands& operands) {
   return std::get<0>(run(operands, {}, {}));
 }
 void check_linear(const LinearOperands& operands, const OptionalTensor& grad_loss);
+// Of it what concerns the input and the layer alone
+void check_layer(const LinearOperands& operands);
 
 // linear_autograd.cpp
 at::Tensor linear_autograd(const LinearOperands& operands);
 LinearGrads linear_derivatives(const LinearOperands& operands, Wanted wanted,
                                const at::Tensor& grad_loss);
+
+// linear_topk.cpp: the k largest logits (N, k) of each row, in descending order, and their labels, of
+// equal logits the lower one first.
+using TopLogits = std::tuple<at::Tensor, at::Tensor>;
+constexpr const char* kTopkSchema =
+    "_linear_topk(Tensor input, Tensor linear_weight, Tensor? linear_bias, int k, "
+    "ScalarType? dtype=None, int chunk_bytes=0) -> (Tensor values, Tensor labels)";
+TopLogits linear_topk(const at::Tensor& input, const at::Tensor& linear_weight,
+                      const OptionalTensor& linear_bias, int64_t k, OptionalDtype dtype,
+                      int64_t chunk_bytes);
+// As ATen operations, for devices without a kernel
+TopLogits linear_topk_composite(const at::Tensor& input, const at::Tensor& linear_weight,
+                                const OptionalTensor& linear_bias, int64_t k, OptionalDtype dtype,
+                                int64_t chunk_bytes);
+// Without values
+TopLogits linear_topk_meta(const at::Tensor& input, const at::Tensor& linear_weight,
+                           const OptionalTensor& linear_bias, int64_t k, OptionalDtype dtype,
+                           int64_t chunk_bytes);
 
 struct Linear {
   using Arguments = LinearOperands;
@@ -64,14 +86,14 @@ struct Linear {
                "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
                "Tensor? offsets=None, Tensor? values=None, Tensor? weight=None, "
                "Tensor? pos_weight=None, ") +
-           LossOptions::kSchema + ", int chunk_bytes=0";
+           LossOptions::kSchema + ", int chunk_bytes=0, bool recompute=False";
   }
 
   template <class O>
   static auto tie(O& o) {
     return std::tuple_cat(std::tie(o.input, o.linear_weight, o.linear_bias, o.target, o.offsets,
                                    o.values, o.weight, o.pos_weight),
-                          LossOptions::tie(o), std::tie(o.chunk_bytes));
+                          LossOptions::tie(o), std::tie(o.chunk_bytes, o.recompute));
   }
 
   static LinearOperands empty() { return {}; }

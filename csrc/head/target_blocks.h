@@ -2,12 +2,9 @@
 #pragma once
 
 #include "linear_operands.h"
+#include "logit_blocks.h"
 
 namespace fused_bce {
-
-struct Range {
-  int64_t begin, size;
-};
 
 class TargetBlocks {
  public:

@@ -11,7 +11,7 @@ from helpers import assert_double_close, by_torch
 from processes import meshes, run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fused_bce import LinearBCEWithLogitsLoss, SparseTarget
 from fused_bce.functional import linear_binary_cross_entropy_with_logits as head
+from fused_bce.linear_topk import find_topk
 
 REDUCTIONS = ("mean", "sum", "batchmean")
 
@@ -339,6 +340,49 @@ def check_colwise_parallel():
     check_trained_as_alone(model, lambda x, labels: loss_of_share(model, x, labels, slice(None)))
 
 
+def check_topk():
+    """Whole numbers, so that labels tie; k is more than some shards have."""
+    for mesh, size in itertools.product(meshes(), SIZES):
+        operands = [t.round() for t in draw_parameters(size)]
+        logits = F.linear(*operands)
+        for input_placements, weight_placements, _ in layouts_of(mesh):
+            placements = (input_placements, weight_placements, weight_placements)
+            sharded = [
+                distribute_tensor(t, mesh, p) for t, p in zip(operands, placements, strict=True)
+            ]
+            for k in (1, 4, size[1]):
+                values, labels = find_topk(*sharded, k)
+                assert_topk(values.full_tensor(), labels.full_tensor(), logits, k)
+                if weight_placements == (Replicate(),):
+                    continue
+                # Each process has all labels of its rows.
+                assert labels.to_local().shape[1] == k
+
+
+def assert_topk(values, labels, logits, k):
+    in_order = logits.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(values, in_order.values[:, :k])
+    assert torch.equal(labels, in_order.indices[:, :k])
+
+
+def check_topk_of_modules():
+    """Tensors of a process in, tensors of it out, where hooks make DTensors of them."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    x = torch.randn(BATCH, 7, dtype=torch.float64)
+    logits = network().head.linear(x).detach()
+    parallel, sharded, whole = (network() for _ in range(3))
+    style = ColwiseParallel(output_layouts=Replicate())
+    parallelize_module(parallel.head, mesh, {"linear": style})
+    fully_shard(sharded.head.linear, mesh=mesh)
+    fully_shard(whole.head, mesh=mesh)
+    register_fsdp_forward_method(whole.head, "topk")
+    for model in (parallel, sharded, whole):
+        values, labels = model.head.topk(x, 4)
+        assert type(values) is type(labels) is torch.Tensor
+        assert torch.equal(labels, logits.topk(4).indices)
+        assert_double_close(values, logits.topk(4).values)
+
+
 def check_rows_and_labels():
     """FSDP2 of a head whose labels are sharded."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "labels"))
@@ -357,6 +401,8 @@ def check_head():
     check_data_parallel()
     check_tensor_parallel()
     check_colwise_parallel()
+    check_topk()
+    check_topk_of_modules()
     if dist.get_world_size() == 2:
         check_compiled()
     else:

@@ -11,6 +11,7 @@ from head_cases import (
     LABELS,
     ROWS,
     Operands,
+    Result,
     as_rows,
     assert_near,
     by_chunk,
@@ -302,6 +303,34 @@ def test_slices_and_leading_dimensions(device):
         assert_near(evaluate(operands, rows, reduction=reduction), want, DOUBLE)
     one = head(input[0, 0], weight, SparseTarget.from_lists([[3, 7]], LABELS, device=device))
     assert one.shape == ()
+
+
+# Of logits (4, 5, C); and a matrix of 20 rows
+SHAPES_OF_WEIGHTS = [(4, 5, 1), (5, 1), (4, 1, 1), (1, 5, 1), (1, 1, LABELS), (1, LABELS), (20, 1)]
+
+
+@pytest.mark.parametrize("layer", ["own", "hooked"])
+@by_reduction
+@pytest.mark.parametrize("shape", SHAPES_OF_WEIGHTS, ids=str)
+def test_weights_of_leading_dimensions(shape, reduction, layer, device):
+    """They broadcast as in torch's loss."""
+    dense = torch.rand(4, 5, LABELS) < 0.05
+    weights = {n: torch.rand(shape).double() + 0.5 for n in ("weight", "pos_weight")}
+    on_device = {n: t.to(device) for n, t in weights.items()}
+    module = LinearBCEWithLogitsLoss(
+        FEATURES, LABELS, dtype=torch.float64, reduction=reduction, **on_device
+    ).to(device)
+    if layer == "hooked":  # on whole logits
+        module.linear.register_forward_hook(lambda *_: None)
+    input = torch.randn(4, 5, FEATURES, dtype=torch.float64, device=device).requires_grad_()
+    operands = Operands(input, module.linear.weight, None)
+    if shape == (20, 1):
+        weights = {n: t.view(4, 5, 1) for n, t in weights.items()}
+    want = exact(operands, dense, reduction=reduction, **weights)
+    for target in (dense, as_rows(dense.flatten(0, 1))):
+        loss = module(input, target.to(device))
+        grads = torch.autograd.grad(loss, operands.leaves())
+        assert_near(Result(loss.detach(), grads), want, DOUBLE)
 
 
 @pytest.mark.parametrize("form", ["bool", "rows", "values"])

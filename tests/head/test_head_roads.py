@@ -312,6 +312,15 @@ REFUSED = {
         RuntimeError,
         "there is no matrix of logits",
     ),
+    **{
+        f"weights of shape {shape}": (
+            {"input": torch.zeros(ROWS, 1, FEATURES), "weight": torch.ones(shape)},
+            RuntimeError,
+            f"weight has shape {[*shape]}, but must be one number, one for each of {LABELS} "
+            f"labels, or of shape ({ROWS}, 1, 1)",
+        )
+        for shape in [(ROWS + 1, 1, 1), (ROWS, 2, 1), (1, ROWS, 1, 1), (ROWS, 1, LABELS), (2, 1)]
+    },
     "pos_weight": ({"pos_weight": torch.ones(3)}, RuntimeError, "pos_weight has shape [3]"),
     "ignore_index": ({"ignore_index": 1}, ValueError, "ignore_index goes with dense targets"),
     "smoothing": ({"label_smoothing": 1.5}, ValueError, "label_smoothing must lie in [0, 1)"),

@@ -56,8 +56,8 @@ CHECKS = {
     ),
     "a weight for other rows": Fault(
         "fused_bce/checks.py",
-        "if len(size) == 2 and size[1] == 1 and size[0] == rows:",
-        "if len(size) == 2 and size[1] == 1:",
+        "if last == 1 and others == [rows]:",
+        "if last == 1 and len(others) == 1:",
         "head/test_head_roads.py head/test_head_layers.py",
     ),
     "a bias of another size": Fault(
@@ -178,9 +178,9 @@ SPARSE = {
         "head/test_sparse_target.py",
     ),
     "padding over the last label": Fault(
-        "fused_bce/sparse.py",
-        "places = torch.where(flat, flat.cumsum(0) - 1, flat.numel())",
-        "places = torch.where(flat, flat.cumsum(0) - 1, flat.numel() - 1)",
+        "fused_bce/sparse_selection.py",
+        "places = torch.where(kept, kept.cumsum(0) - 1, kept.numel())",
+        "places = torch.where(kept, kept.cumsum(0) - 1, kept.numel() - 1)",
         "head/test_sparse_target.py",
     ),
     "entries of SciPy that occur twice": Fault(
@@ -202,9 +202,9 @@ SPARSE = {
         "head/test_sparse_target.py",
     ),
     "a value behind the last row": Fault(
-        "fused_bce/sparse.py",
-        "return places >= self.offsets[-1]",
-        "return places > self.offsets[-1]",
+        "fused_bce/sparse_checks.py",
+        "return places < offsets[-1]",
+        "return places <= offsets[-1]",
         "head",
     ),
     "a nan counted as often as it occurs": Fault(
@@ -214,13 +214,13 @@ SPARSE = {
         "head",
     ),
     "a negative label": Fault(
-        "fused_bce/sparse.py",
+        "fused_bce/arguments.py",
         "if not 0 <= number < size:",
         "if not number < size:",
         "head/test_sparse_target.py",
     ),
     "offsets that do not begin with 0": Fault(
-        "fused_bce/sparse.py",
+        "fused_bce/sparse_checks.py",
         "if first != 0:",
         "if first < 0:",
         "head/test_sparse_target.py",
@@ -531,8 +531,8 @@ HEAD = {
     ),
     "a block's part of the weight's gradient": Fault(
         "csrc/head/linear_loss.cpp",
-        "part(input_, 0, rows), grad_scale_, !first_rows);",
-        "part(input_, 0, rows), grad_scale_, false);",
+        "blocks_.input(rows), grad_scale_, !first_rows);",
+        "blocks_.input(rows), grad_scale_, false);",
         "head/test_head.py",
     ),
     "a head's gradient in half precision": Fault(

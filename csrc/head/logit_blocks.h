@@ -1,0 +1,59 @@
+// The logits of a linear layer, one block of rows and labels at a time.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "linear_operands.h"
+
+namespace fused_bce {
+
+struct Range {
+  int64_t begin, size;
+};
+
+// f(range, whether it is the first) for all parts of `size`
+template <class F>
+void for_ranges(int64_t size, int64_t step, const F& f) {
+  for (int64_t begin = 0; begin < size; begin += step)
+    f(Range{begin, std::min(step, size - begin)}, begin == 0);
+}
+
+inline at::Tensor part(const at::Tensor& t, int64_t dim, Range range) {
+  return t.narrow(dim, range.begin, range.size);
+}
+
+class LogitBlocks {
+ public:
+  // Reads the input, the layer, dtype and chunk_bytes; keeps a reference.
+  explicit LogitBlocks(const LinearOperands& operands);
+
+  int64_t rows() const { return rows_; }
+  int64_t labels() const { return labels_; }
+  // The most rows and labels of a block
+  int64_t block_rows() const { return block_rows_; }
+  int64_t block_labels() const { return block_labels_; }
+  // Of the factors of the products, and of the blocks
+  at::ScalarType product_dtype() const { return product_dtype_; }
+
+  at::Tensor input(Range rows) const { return part(input_, 0, rows); }
+  // A block of the weight as a factor, to be used for all its rows
+  at::Tensor weight(Range labels) const;
+  // Rounded to the dtype of the logits; valid until the next call.
+  at::Tensor logits(Range rows, Range labels, const at::Tensor& weight);
+
+ private:
+  at::Tensor as_factor(const at::Tensor& t) const;
+  void choose_blocks();
+
+  const LinearOperands& o_;
+  int64_t rows_, labels_;
+  at::ScalarType logits_dtype_, product_dtype_;
+  at::Tensor input_;
+  int64_t block_rows_ = 1, block_labels_ = 1;
+  at::Tensor buffer_;
+};
+
+}  // namespace fused_bce
