@@ -217,7 +217,8 @@ def emulate_cuda(options: dict) -> None:
     folder = ROOT / "tests" / "emulator"
     made = ROOT / "build" / "emulator"
     made.mkdir(parents=True, exist_ok=True)
-    options["sources"] += [str((folder / "emulator.cpp").relative_to(ROOT))]
+    for name in ("emulator.cpp", "streams.cpp"):
+        options["sources"].append(str((folder / name).relative_to(ROOT)))
     for kernel in sources("cuda", ".cu"):
         # torch would have nvcc compile a file of that name.
         source = made / f"{Path(kernel).stem}.cpp"
