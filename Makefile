@@ -6,7 +6,7 @@ VENV ?= .venv
 python := $(VENV)/bin/python
 built := $(VENV)/.built
 
-.PHONY: demo test wheel bench lint docs sanitize mutants gpu
+.PHONY: demo test wheel bench lint docs sanitize mutants gpu gpu-module
 
 demo: $(built)  ## train on real data with torch's loss and with ours, then the tutorial's listings
 	$(python) examples/train_digits.py --output demo-output
@@ -54,8 +54,11 @@ sanitize: $(built)  ## tests of the C++, also of the CUDA kernels compiled for t
 mutants: $(built)  ## faults that the tests must find: in Python, or FAULTS, names of tests/mutants/faults.py or all
 	$(python) tests/mutants/run.py $(FAULTS)
 
-gpu:  ## on a machine with a GPU, with the python3 at hand: build, test, sanitize, measure; or the PARTS of .ci/gpu
+gpu:  ## on a machine with a GPU, with the python3 at hand: in 12 minutes what tells the most; or the PARTS of .ci/gpu
 	bash .ci/gpu $(PARTS)
+
+gpu-module:  ## where there is no GPU: the compiled module that `make gpu` loads there, into .gpu
+	bash .ci/gpu-module
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

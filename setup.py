@@ -3,7 +3,7 @@ metadata that depend on the torch at hand: the version and what the package requ
 
 Environment variables:
   FORCE_CUDA            1: build the CUDA kernels although no GPU is visible; 0: leave them out
-  TORCH_CUDA_ARCH_LIST  GPU architectures, such as "8.0;9.0+PTX" (default: see DEFAULT_CUDA_ARCHS)
+  TORCH_CUDA_ARCH_LIST  GPU architectures, such as "8.0;9.0+PTX" (default: see default_cuda_archs)
   EMULATE_CUDA          1: compile the CUDA kernels for the host, for tests: see tests/emulator
   TAG_VERSION           1: name what it is built for in the version: see .ci/build-wheel
   DEBUG                 1: no optimisation, debug symbols
@@ -50,8 +50,13 @@ if torch.__version__ < OLDEST_TORCH:
         f"fused_bce needs torch {OLDEST_TORCH} or newer, and this is torch {torch.__version__}"
     )
 
-# Ampere and Hopper as machine code, PTX for what comes after.
-DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
+# Ampere and Hopper as machine code, PTX for what comes after; and machine code for Blackwell, which
+# would compile that PTX for a minute at first use, where this nvcc knows it.
+CUDA_ARCHS = "8.0;9.0+PTX"
+CUDA_ARCHS_OF_SOME_NVCC = {"sm_100": "10.0", "sm_120": "12.0"}
+
+# torch 2.11 would have C++17.
+CXX_STANDARD = "-std=c++20"
 
 COMPILER_TO_INSTALL = (
     "Install GCC 11 or newer (the package g++ of Debian, gcc-c++ of Fedora), on macOS Apple's "
@@ -113,10 +118,18 @@ def check_cuda_toolchain() -> None:
         )
 
 
+def default_cuda_archs() -> str:
+    nvcc = Path(cpp_extension.CUDA_HOME, "bin", "nvcc")
+    done = subprocess.run([nvcc, "--list-gpu-code"], stdout=subprocess.PIPE, text=True, check=True)
+    known = done.stdout.split()
+    others = [arch for code, arch in CUDA_ARCHS_OF_SOME_NVCC.items() if code in known]
+    return ";".join([CUDA_ARCHS, *others])
+
+
 def preprocess(text: str, *options: str) -> str:
     """The macros that are defined after this text; none if the compiler fails."""
     compiler = cpp_extension.get_cxx_compiler()
-    command = [*shlex.split(compiler), "-std=c++20", "-dM", "-E", "-x", "c++", *options, "-"]
+    command = [*shlex.split(compiler), CXX_STANDARD, "-dM", "-E", "-x", "c++", *options, "-"]
     try:
         done = subprocess.run(command, input=text, stdout=subprocess.PIPE, text=True, check=False)
     except OSError:  # PermissionError where PATH has a folder that the user may not read
@@ -157,7 +170,7 @@ def check_ninja() -> None:
 
 
 def compile_args() -> list[str]:
-    args = ["-fvisibility=hidden", "-Wall", *sanitizer_args()]
+    args = [CXX_STANDARD, "-fvisibility=hidden", "-Wall", *sanitizer_args()]
     if sanitizer_args():
         # Lines, for a report; variables double the time of the build, what is inlined everywhere
         # makes it ten times as long.
@@ -204,7 +217,8 @@ def emulate_cuda(options: dict) -> None:
     folder = ROOT / "tests" / "emulator"
     made = ROOT / "build" / "emulator"
     made.mkdir(parents=True, exist_ok=True)
-    options["sources"] += [str((folder / "emulator.cpp").relative_to(ROOT))]
+    for name in ("emulator.cpp", "streams.cpp"):
+        options["sources"].append(str((folder / name).relative_to(ROOT)))
     for kernel in sources("cuda", ".cu"):
         # torch would have nvcc compile a file of that name.
         source = made / f"{Path(kernel).stem}.cpp"
@@ -240,11 +254,11 @@ def extension():
         return cpp_extension.CppExtension(**options)
     if not use_cuda():
         return cpp_extension.CppExtension(**options)
-    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHS
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_cuda_archs()
     os.environ["TORCH_CUDA_ARCH_LIST"] = archs = archs.replace(" ", ";")
     options["sources"] += sources("cuda", ".cu")
     options["extra_compile_args"]["cxx"].append(f'-DFUSED_BCE_CUDA="{archs}"')
-    options["extra_compile_args"]["nvcc"] = ["-O3", "--expt-relaxed-constexpr"]
+    options["extra_compile_args"]["nvcc"] = [CXX_STANDARD, "-O3", "--expt-relaxed-constexpr"]
     return cpp_extension.CUDAExtension(**options)
 
 

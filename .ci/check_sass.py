@@ -1,50 +1,90 @@
-"""Reads the machine code of the mean kernels in a build, without a GPU.
+"""Reads the machine code of the kernels in a build, without a GPU.
 
     python .ci/check_sass.py fused_bce/_C*.so
 
-For float32 and bfloat16, with targets of the same dtype, bool or int64, each variant of the kernel
-but the general one (of other losses the plain one, with targets of the same dtype), and each GPU
-architecture in the build: the loop that does the work must load and store 128 bits at a time, use
-no local memory (so no register is spilled), and take few instructions an element; the last block
-must have many of the sums it adds up under way. Needs cuobjdump and nvdisasm (from PyPI:
-nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm, for which this looks beside the installed packages).
-Exits with 1 if a check fails or a kernel is not found.
+For each kernel of a table, mean with gradient, and each GPU architecture in the build: instructions
+an element on the whole way through the kernel, from its first instruction through the loop to its
+end; loads that are under way before the first of them is used; the distance between the stores of
+one thread; the width of accesses. And of all kernels: that no register is spilled. Needs cuobjdump
+and nvdisasm (from PyPI: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm, for which this looks beside
+the installed packages). Exits with 1 if a check fails or a kernel is not found.
 """
 
+import heapq
 import os
 import re
 import subprocess
 import sys
 import sysconfig
-from itertools import product
+from collections.abc import Collection
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
-# The place in enum Variant. Rows read one weight for a vector of elements.
-VARIANTS = {"plain": 0, "extras": 1, "columns": 2, "rows": 3}
-# Formula, mangled dtypes, elements of 128 bits, and most instructions an element, plain and in the
-# other variants. At the full bandwidth of a Hopper GPU there is time for 106, 53, 80, 44, 141, 106,
-# 106 and 53. Of the other losses an element takes one of several branches.
+# The place in enum Variant
+PLAIN, EXTRAS, COLUMNS, ROWS = range(4)
 BCE, FOCAL = "18BinaryCrossEntropy", "12SigmoidFocal"
 QUALITY, VARIFOCAL, ASYMMETRIC = "12QualityFocal", "9Varifocal", "10Asymmetric"
-KERNELS = {
-    "float32": (BCE, "ff", 4, 33, 44),
-    "bfloat16": (BCE, "13__nv_bfloat16S2_", 8, 35, 44),
-    "float32, bool targets": (BCE, "fNS_7BooleanE", 4, 35, 44),
-    "bfloat16, bool targets": (BCE, "13__nv_bfloat16NS_7BooleanE", 8, 36, 44),
-    "float32, int64 targets": (BCE, "fl", 4, None, 45),
-    "bfloat16, int64 targets": (BCE, "13__nv_bfloat16l", 8, None, 45),
-    "focal, float32": (FOCAL, "ff", 4, 400, None),
-    "focal, bfloat16": (FOCAL, "13__nv_bfloat16S2_", 8, 400, None),
-    "quality focal, float32": (QUALITY, "ff", 4, 200, None),
-    "varifocal, float32": (VARIFOCAL, "ff", 4, 110, None),
-    "asymmetric, float32": (ASYMMETRIC, "ff", 4, 340, None),
-}
-LEAST_SUMS = 8
+FLOAT32, BFLOAT16 = "ff", "13__nv_bfloat16S2_"
+FLOAT32_BOOL, BFLOAT16_BOOL = "fNS_7BooleanE", "13__nv_bfloat16NS_7BooleanE"
+FLOAT32_INT64, BFLOAT16_INT64 = "fl", "13__nv_bfloat16l"
+BFLOAT16_FLOAT32 = "13__nv_bfloat16f"
+
+ELEMENTS_OF_THREAD = 32  # of a chunk of 8,192, by 256 threads
+LEAST_SUMS = 8  # of other blocks, that the last block loads at once
+LOCAL = r"\b(LDL|STL)\b"
+# The stores of one thread are this many bytes apart, if those of a warp are side by side.
+WARP_BYTES = 32 * 16
 
 
-def mangled(formula: str, dtypes: str, variant: int) -> str:
-    """Pass 1 is kSumAndGrad."""
-    return f"loss_kernelINS_{formula}E{dtypes}LNS_4PassE1ELNS_7VariantE{variant}E"
+@dataclass(frozen=True)
+class Expected:
+    formula: str
+    dtypes: str
+    variant: int
+    most_instructions: float  # an element
+    least_loads: int  # under way together
+
+    @property
+    def lanes(self) -> int:
+        """Elements of 16 bytes of logits"""
+        return 4 if self.dtypes.startswith("f") else 8
+
+    @property
+    def name(self) -> str:
+        """Mangled. Pass 1 is kSumAndGrad."""
+        variant = f"LNS_4PassE1ELNS_7VariantE{self.variant}E"
+        return f"loss_kernelINS_{self.formula}E{self.dtypes}{variant}"
+
+
+# At the full bandwidth of a Hopper GPU there is time for 106 (float32), 80 (float32 and bool), 53
+# (bfloat16) and 44 (bfloat16 and bool) instructions an element, 85 % of which can be issued.
+EXPECTED = [
+    Expected(BCE, FLOAT32, PLAIN, 33, 4),
+    Expected(BCE, FLOAT32_BOOL, PLAIN, 33, 4),
+    Expected(BCE, BFLOAT16, PLAIN, 33, 4),
+    Expected(BCE, BFLOAT16_BOOL, PLAIN, 33, 4),
+    Expected(BCE, BFLOAT16_FLOAT32, PLAIN, 33, 4),
+    # With a gamma of 2
+    Expected(FOCAL, FLOAT32, PLAIN, 53, 4),
+    Expected(FOCAL, BFLOAT16, PLAIN, 55, 4),
+    *(
+        Expected(BCE, dtypes, variant, most, 2)
+        for dtypes in (FLOAT32, FLOAT32_BOOL, BFLOAT16, BFLOAT16_BOOL)
+        for variant, most in ((EXTRAS, 38), (COLUMNS, 46), (ROWS, 46))
+    ),
+    *(
+        Expected(BCE, dtypes, variant, most, 1)
+        for dtypes in (FLOAT32_INT64, BFLOAT16_INT64)
+        for variant, most in ((EXTRAS, 38), (COLUMNS, 46), (ROWS, 46))
+    ),
+]
+# Of other losses an element takes one of several branches, the same for all elements.
+BRANCHES = [
+    Expected(QUALITY, FLOAT32, PLAIN, 200, 2),
+    Expected(VARIFOCAL, FLOAT32, PLAIN, 110, 2),
+    Expected(ASYMMETRIC, FLOAT32, PLAIN, 340, 2),
+]
 
 
 def run_cuobjdump(*arguments: str) -> str:
@@ -70,32 +110,83 @@ def functions(listing: str) -> dict[tuple[str, str], str]:
     return found
 
 
-def instructions_of(body: str) -> list[tuple[str, str]]:
-    """Address and text."""
-    return re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", body)
+class Code:
+    """The instructions of a function, and which may come after each."""
+
+    def __init__(self, body: str):
+        pairs = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", body)
+        self.texts = [text.strip() for _, text in pairs]
+        index = {int(address, 16): i for i, (address, _) in enumerate(pairs)}
+        self.next = [self._next(i, text, index) for i, text in enumerate(self.texts)]
+
+    def _next(self, i: int, text: str, index: dict[int, int]) -> list[int]:
+        operation = without_predicate(text)
+        after = [i + 1] if i + 1 < len(self.texts) else []
+        is_conditional = operation != text or re.match(r"BRA[.\w]*\s+!?U?P\d", operation)
+        if re.match("EXIT|RET", operation):
+            return after if is_conditional else []
+        target = re.match(r"BRA.*0x([0-9a-f]+)", operation)
+        if not target:
+            return after
+        return [index[int(target[1], 16)], *(after if is_conditional else [])]
+
+    def way(self, start: int, goals: Collection[int]) -> list[int]:
+        """The shortest, but not through functions, which are for rare numbers."""
+
+        def cost(i: int) -> int:
+            return 1000 if "CALL" in self.texts[i] else 1
+
+        done: dict[int, int] = {}
+        waiting = [(cost(start), start, -1)]
+        while waiting:
+            so_far, i, before = heapq.heappop(waiting)
+            if i in done:
+                continue
+            done[i] = before
+            if i in goals:
+                way = [i]
+                while way[-1] != start:
+                    way.append(done[way[-1]])
+                return way[::-1]
+            for j in self.next[i]:
+                heapq.heappush(waiting, (so_far + cost(j), j, i))
+        raise LookupError("there is no way")
+
+    def hot_loop(self) -> tuple[int, int] | None:
+        """First and last of the smallest loop with exponentials and whole-vector stores."""
+        loops = [
+            (first, last)
+            for last, following in enumerate(self.next)
+            for first in following
+            if first < last
+            and count(self.texts[first:last], "MUFU.EX2")
+            and count(self.texts[first:last], r"STG.*\.128")
+        ]
+        return min(loops, key=lambda loop: loop[1] - loop[0], default=None)
+
+    def end_of_block(self, start: int) -> list[int]:
+        """The way of a block that is not the last: it takes a ticket, and ends behind a barrier."""
+        exits = {i for i, text in enumerate(self.texts) if "EXIT" in text}
+        tickets = [i for i, text in enumerate(self.texts) if re.search("ATOM", text)]
+        barriers = [i for i, text in enumerate(self.texts) if "BAR.SYNC" in text and i > start]
+        behind = [i for i in barriers if tickets and i > tickets[0]][:1]
+        if not behind:
+            return self.way(start, exits)
+        return [*self.way(start, behind), *self.way(behind[0], exits)[1:]]
 
 
-def hot_loop(body: str) -> list[str]:
-    """The instructions of the smallest loop with exponentials and whole-vector stores."""
-    instructions = instructions_of(body)
-    index = {int(address, 16): i for i, (address, _) in enumerate(instructions)}
-    loops = []
-    for i, (address, text) in enumerate(instructions):
-        target = re.search(r"BRA.*?0x([0-9a-f]+)", text)
-        if target and int(target[1], 16) < int(address, 16):
-            loops.append([text for _, text in instructions[index[int(target[1], 16)] : i + 1]])
-    working = [loop for loop in loops if count(loop, "MUFU.EX2") and count(loop, r"STG.*\.128")]
-    return min(working, key=len, default=[])
+def without_predicate(text: str) -> str:
+    return re.sub(r"^@!?U?P\w+\s+", "", text)
 
 
-def count(loop: list[str], pattern: str) -> int:
-    return sum(re.search(pattern, text) is not None for text in loop)
+def count(texts: list[str], pattern: str) -> int:
+    return sum(re.search(pattern, text) is not None for text in texts)
 
 
-def sums_under_way(body: str) -> int:
+def sums_under_way(texts: list[str]) -> int:
     """The most loads past the L1 cache, which are those of other blocks' sums, at once."""
     most = now = 0
-    for _, text in instructions_of(body):
+    for text in texts:
         if re.search("LDG.*STRONG", text):
             now += 1
         elif "DADD" in text:
@@ -104,59 +195,100 @@ def sums_under_way(body: str) -> int:
     return most
 
 
-def problems_of(body: str, rows: bool, lanes: int, most_instructions: int) -> list[str]:
-    loop = hot_loop(body)
-    if not loop:
+def loads_under_way(loop: list[str]) -> int:
+    """Of dense operands, which pass by once ("evict first"), before one of them is used."""
+    loaded: set[int] = set()
+    loads = 0
+    for text in map(without_predicate, loop):
+        into = re.match(r"LDG\S*\.EF(\.128|\.64)?\S*\s+R(\d+)", text)
+        if into:
+            words = {".128": 4, ".64": 2}.get(into[1], 1)
+            loaded |= {int(into[2]) + word for word in range(words)}
+            loads += 1
+            continue
+        used = text if text.startswith("ST") else text.partition(",")[2]
+        if loaded & {int(register) for register in re.findall(r"\bR(\d+)\b", used)}:
+            break
+    return loads
+
+
+def stores_apart(loop: list[str]) -> int:
+    """The least distance in bytes between two stores of one thread that share a base."""
+    offsets: dict[str, list[int]] = {}
+    for text in loop:
+        store = re.search(r"STG.*\[(R\d+)\.64(?:\+(-?0x[0-9a-f]+))?\]", text)
+        if store:
+            offsets.setdefault(store[1], []).append(int(store[2] or "0", 16))
+    apart = [b - a for of_base in offsets.values() for a, b in pairwise(sorted(of_base))]
+    return min(apart, default=sys.maxsize)
+
+
+def problems_of(body: str, expected: Expected) -> list[str]:
+    """Prints what it counts, and returns what is wrong."""
+    code = Code(body)
+    ends = code.hot_loop()
+    if ends is None:
         return ["no loop with 128-bit stores"]
-    elements = count(loop, "STG") * lanes
-    per_element = len(loop) / elements
-    # Dense operands pass by once: "evict first".
-    narrow = count(loop, rf"(LDG{'.*EF' if rows else ''}|STG)(?!.*\.128)")
-    local = count(loop, r"\b(LDL|STL)\b")
+    first, last = ends
+    whole = code.texts[first : last + 1]
+    # Of several branches the shortest would be one that other numbers take.
+    loop = whole if expected in BRANCHES else [code.texts[i] for i in code.way(first, {last})]
+    elements = count(whole, "STG") * expected.lanes
+    outside = len(code.way(0, {first})[:-1]) + len(code.end_of_block(last + 1))
+    per_element = len(loop) / elements + outside / ELEMENTS_OF_THREAD
+    loads = loads_under_way(loop)
+    apart = stores_apart(whole)
+    narrow = count(whole, r"STG(?!.*\.128)")
+    local = count(whole, LOCAL)
+    distance = "bases of their own" if apart == sys.maxsize else apart
     print(
-        f"{per_element:.1f} instructions an element, {count(loop, 'LDG.*128')} loads and "
-        f"{count(loop, 'STG')} stores of 128 bits for {elements} elements"
+        f"{per_element:.1f} instructions an element, {len(loop) / elements:.1f} in the loop; "
+        f"{loads} loads under way; {distance} between stores"
     )
     return [
         text
         for bad, text in (
-            (per_element > most_instructions, f"more than {most_instructions} instructions"),
-            (narrow, f"{narrow} accesses narrower than 128 bits"),
-            (not count(loop, r"LDG.*EF.*\.128"), "no load of dense operands"),
-            (local, f"{local} accesses to local memory"),
-            (sums_under_way(body) < LEAST_SUMS, "sums of chunks are loaded one by one"),
+            (per_element > expected.most_instructions, "more instructions than expected"),
+            (loads < expected.least_loads, "fewer loads under way than expected"),
+            (apart < WARP_BYTES, "stores of neighbouring threads are not side by side"),
+            (narrow, f"{narrow} stores narrower than 128 bits"),
+            (local, "registers are spilled in the loop"),
+            (sums_under_way(code.texts) < LEAST_SUMS, "sums of chunks are loaded one by one"),
         )
         if bad
     ]
+
+
+def spills(sass: dict[tuple[str, str], str], usage: dict[tuple[str, str], str]) -> list[str]:
+    """All kernels whose registers do not suffice."""
+    found = []
+    for key, body in sass.items():
+        stack = re.search(r"STACK:(\d+)", usage.get(key, "STACK:0"))
+        if int(stack[1]) or re.search(LOCAL, body):
+            found.append(f"{key[0]}, {key[1]}: {stack[1]} bytes of stack")
+    return found
 
 
 def main(path: str) -> int:
     sass = functions(run_cuobjdump("-sass", path))
     usage = functions(run_cuobjdump("-res-usage", path))
     failures = 0
-    for (dtypes, (formula, types, lanes, plain, others)), (variant, number) in product(
-        KERNELS.items(), VARIANTS.items()
-    ):
-        most_instructions = others if number else plain
-        if most_instructions is None:
-            continue
-        matches = {
-            key: body for key, body in sass.items() if mangled(formula, types, number) in key[1]
-        }
+    for expected in [*EXPECTED, *BRANCHES]:
+        matches = {key: body for key, body in sass.items() if expected.name in key[1]}
         if not matches:
-            print(f"{dtypes}, {variant}: no such kernel in {path}")
+            print(f"{expected}: no such kernel in {path}")
             failures += 1
         for (arch, name), body in matches.items():
-            print(f"{dtypes}, mean, {variant}, {arch}: ", end="")
-            problems = problems_of(body, variant == "rows", lanes, most_instructions)
-            registers = re.search(r"REG:(\d+) STACK:(\d+)", usage[arch, name])
-            print(f"  {registers[1]} registers, {registers[2]} bytes of stack")
-            if int(registers[2]):
-                problems.append("registers are spilled")
+            registers = re.search(r"REG:(\d+)", usage[arch, name])
+            print(f"{expected.formula.lstrip('0123456789')}, {expected.dtypes}, ", end="")
+            print(f"variant {expected.variant}, {arch}, {registers[1]} registers: ", end="")
+            problems = problems_of(body, expected)
             for problem in problems:
                 print(f"  FAILED: {problem}")
             failures += len(problems)
-    return 1 if failures else 0
+    spilled = spills(sass, usage)
+    print(f"{len(sass)} kernels, {len(spilled)} of which spill registers", *spilled, sep="\n  ")
+    return 1 if failures or spilled else 0
 
 
 if __name__ == "__main__":

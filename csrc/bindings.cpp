@@ -92,5 +92,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("has_kernels_for_gpu",
           [](c10::DeviceIndex index) { return fused_bce::has_kernels_for({c10::kCUDA, index}); });
     m.def("limit_cuda_blocks", &fused_bce::limit_cuda_blocks, py::arg("most"));
+    m.def("add_up_in_last_block", &fused_bce::add_up_in_last_cuda_block, py::arg("choice"));
   }
 }

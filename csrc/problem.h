@@ -149,7 +149,9 @@ void launch_cuda_count_unignored(const Dense& target, int64_t numel, const Ignor
 void launch_cuda_scale(const Scaling& scaling, int64_t numel, void* stream);
 // Whether this build has code that the current device can run.
 bool cuda_covers_current_device();
-// For tests: no more blocks than this in a launch.
+// For tests and benchmarks: no more blocks than this in a launch; and whether the last of them adds
+// up their sums, or a second kernel, with the same bits.
 void limit_cuda_blocks(int64_t most);
+void add_up_in_last_cuda_block(bool choice);
 
 }  // namespace fused_bce

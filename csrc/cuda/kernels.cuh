@@ -1,6 +1,6 @@
 // The kernels. One block takes a chunk of fixed size and leaves the sum of its losses; the block
-// that finishes last adds the sums up in their order. So the bits depend neither on the number of
-// blocks nor on the device.
+// that finishes last, or a kernel after it, adds the sums up in their order. So the bits depend
+// neither on the number of blocks nor on the device.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,6 +18,15 @@
 namespace fused_bce {
 
 constexpr int kWarp = 32;
+
+// How targets of bool are loaded: 16 at a time, and as many logits, so that the 16 bytes that a
+// thread stores are not beside those of its neighbours; or as many as there are in 16 bytes of
+// logits. A GPU shall decide: see benchmarks/choices.py.
+#if defined(FUSED_BCE_OTHER_BOOL)
+constexpr bool kWideBool = true;
+#else
+constexpr bool kWideBool = false;
+#endif
 
 // In the place of a target's type: any, known at run time only. For rare pairs.
 struct AnyTarget {};
@@ -50,19 +59,27 @@ struct Shape {
   // The arithmetic's type
   using C = std::conditional_t<std::is_same_v<L, double>, double, float>;
   static constexpr bool kAnyTarget = std::is_same_v<T, AnyTarget>;
-  static constexpr int kSmallest = kAnyTarget || sizeof(L) < sizeof(T) ? sizeof(L) : sizeof(T);
-  // Elements of a vector: 16 bytes of the narrower operand
-  static constexpr int kVector = 16 / kSmallest;
-  // What a vector of targets is loaded as
+  // Elements of a vector: 16 bytes of the logits, or of the targets of bool
+  static constexpr int kVector = 16 / (kWideBool && std::is_same_v<T, Boolean> ? 1 : sizeof(L));
+  // What a vector of targets is loaded as, and what its elements become
   using Target = std::conditional_t<kAnyTarget, C, T>;
+  static constexpr bool kHard = kPlain && std::is_same_v<T, Boolean>;
+  using Given = std::conditional_t<kHard, HardTarget, C>;
   // Vectors whose loads are under way together, and whose losses are added up in C
   static constexpr int kInFlight = kPlain && kVector <= 8 ? 2 : 1;
   // Steps in one turn of the loop, whose own instructions are few among those for 16 elements.
   static constexpr int kUnrolled = kGeneral ? 1 : 16 / (kVector * kInFlight);
-  // Blocks for which a multiprocessor's registers must suffice; 0: any number. 16 weights take
-  // many.
-  static constexpr int kBlocks = kWeighs && kVector > 8 ? 2 : 0;
 };
+
+// Blocks for which a multiprocessor's registers must suffice; 0: any number. In plain kernels ptxas
+// issues loads earlier if it is told, and may take more registers. Other losses need more, and so
+// do 16 weights.
+template <class Formula, class S>
+constexpr int blocks_at_once() {
+  if (S::kPlain && std::is_same_v<typename S::C, float>)
+    return std::is_same_v<Formula, BinaryCrossEntropy> ? 4 : 3;
+  return S::kWeighs && S::kVector > 8 ? 2 : 0;
+}
 
 // Sum over the block in a fixed order, for thread 0.
 __device__ __forceinline__ double block_sum(double x) {
@@ -100,9 +117,8 @@ __device__ __forceinline__ bool is_last_block(unsigned* ticket) {
   return last;
 }
 
-__device__ __forceinline__ void add_up(const Problem& p, const Workspace& workspace) {
-  if (!is_last_block(workspace.ticket)) return;
-  const int64_t chunks = chunks_of(p.numel);
+// By one block, in the order of the chunks
+__device__ __forceinline__ void add_up(const Problem& p, const double* of_chunks, int64_t chunks) {
   constexpr int kInFlight = 8;  // loads: one after the other they would take their whole latency
   double sum = 0;
   for (int64_t c = threadIdx.x; c < chunks; c += kThreads * kInFlight) {
@@ -110,7 +126,7 @@ __device__ __forceinline__ void add_up(const Problem& p, const Workspace& worksp
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
       const int64_t at = c + u * kThreads;
-      sums[u] = at < chunks ? __ldcg(workspace.sums + at) : 0;
+      sums[u] = at < chunks ? __ldcg(of_chunks + at) : 0;
     }
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) sum += sums[u];
@@ -283,32 +299,40 @@ __device__ __forceinline__ double run_chunk(const Formula& formula, const Argume
       logits[u] = load<kWhole, L, N>(p.logits.data, at, p.numel, outside);
       target[u] = load_target<kWhole, S>(p.target, at, p.numel);
     }
+    uint32_t zero = 0;
+    if constexpr (kWhole && kInFlight > 1) zero = zero_when_loaded(a.zero, logits, target);
     if (kWhole || i < p.numel) weights.load(a, i);
     C step_sum = 0;
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
       const int64_t at = i + u * kThreads * N;
       if (!kWhole && at >= p.numel) break;
-      C x[N], given[N], losses[N], grads[N];
-      widen(logits[u], x);
+      C x[N], losses[N], grads[N];
+      typename S::Given given[N];
+      widen(logits[u], x, zero);
       widen(target[u], given);
 #pragma unroll
       for (int k = 0; k < N; ++k) {
         // A padded element must add nothing, whatever its weights are.
         const bool inside = kWhole || at + k < p.numel;
-        const bool ignored = S::kExtras && inside && extras.ignores(given[k]);
-        const C t = !S::kPlain && inside ? extras.smoothed(given[k]) : given[k];
-        const C positive = S::kWeighs && inside ? weights.positive(k) : C(1);
-        const Lane<C> logit(x[k]), smoothed(t), pos_weight(positive);
-        auto [loss, grad] = weighs ? formula.template evaluate<true>(logit, smoothed, pos_weight)
-                                   : formula.template evaluate<false>(logit, smoothed, pos_weight);
-        if (S::kHasFactor && inside) {
-          loss.v = product(loss.v, weights.factor(k));
-          grad.v = product(grad.v, weights.factor(k));
+        bool ignored = false;
+        const Lane<C> logit(x[k]), positive(S::kWeighs && inside ? weights.positive(k) : C(1));
+        LossAndGrad<Lane<C>> r;
+        if constexpr (S::kHard) {
+          r = formula.template evaluate<false>(logit, given[k], positive);
+        } else {
+          ignored = S::kExtras && inside && extras.ignores(given[k]);
+          const Lane<C> t(!S::kPlain && inside ? extras.smoothed(given[k]) : given[k]);
+          r = weighs ? formula.template evaluate<true>(logit, t, positive)
+                     : formula.template evaluate<false>(logit, t, positive);
         }
-        if (has_sum(S::kPass) && !ignored) step_sum += loss.v;
-        losses[k] = ignored ? C(0) : loss.v;
-        grads[k] = (ignored ? C(0) : grad.v) * grad_scale;
+        if (S::kHasFactor && inside) {
+          r.loss.v = product(r.loss.v, weights.factor(k));
+          r.grad.v = product(r.grad.v, weights.factor(k));
+        }
+        if (has_sum(S::kPass) && !ignored) step_sum += r.loss.v;
+        losses[k] = ignored ? C(0) : r.loss.v;
+        grads[k] = (ignored ? C(0) : r.grad.v) * grad_scale;
       }
       if constexpr (has_grad(S::kPass)) {
         Pack<L, N> stored = narrow(grads, L{});
@@ -329,25 +353,34 @@ __device__ __forceinline__ double run_chunk(const Formula& formula, const Argume
   return sum;
 }
 
+template <class S, class Formula>
+__device__ __forceinline__ double run_chunk_of(const Formula& formula, const Arguments& a,
+                                               unsigned chunk, typename S::C grad_scale) {
+  // Where the formula has one that takes its place for the usual numbers
+  if constexpr (S::kPlain && requires { formula.is_usual(); })
+    if (formula.is_usual())
+      return run_chunk_of<S>(typename Formula::Usual{formula}, a, chunk, grad_scale);
+  return chunk < a.whole_chunks ? run_chunk<S, true>(formula, a, chunk, grad_scale)
+                                : run_chunk<S, false>(formula, a, chunk, grad_scale);
+}
+
 template <class Formula, class L, class T, Pass kPass, Variant kVariant>
-__global__ void __launch_bounds__(kThreads, (Shape<L, T, kPass, kVariant>::kBlocks))
+__global__ void __launch_bounds__(kThreads,
+                                  (blocks_at_once<Formula, Shape<L, T, kPass, kVariant>>()))
     loss_kernel(const __grid_constant__ Arguments a, Workspace workspace) {
   using S = Shape<L, T, kPass, kVariant>;
   using C = typename S::C;
   const Problem& p = a.problem;
   const Formula formula(p);
-  C grad_scale = static_cast<C>(1 / divisor_of(p));
+  C grad_scale = static_cast<C>(p.divisor_on_gpu ? 1 / divisor_of(p) : a.grad_scale);
   if (S::kPlain && S::kFolds) grad_scale *= load_number<C>(a.folded);
 
-  const int64_t chunks = chunks_of(p.numel);
-  for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
-    const bool whole = a.aligned && (chunk + 1) * kChunk <= p.numel;
-    double sum = whole ? run_chunk<S, true>(formula, a, chunk, grad_scale)
-                       : run_chunk<S, false>(formula, a, chunk, grad_scale);
+  for (unsigned chunk = blockIdx.x; chunk < a.chunks; chunk += gridDim.x) {
+    double sum = run_chunk_of<S>(formula, a, chunk, grad_scale);
     if constexpr (has_sum(kPass)) {
       sum = block_sum(sum);
       if (threadIdx.x == 0) {
-        if (chunks == 1)
+        if (a.chunks == 1)
           store_loss(p, sum);
         else
           workspace.sums[chunk] = sum;
@@ -355,7 +388,7 @@ __global__ void __launch_bounds__(kThreads, (Shape<L, T, kPass, kVariant>::kBloc
     }
   }
   if constexpr (has_sum(kPass))
-    if (chunks > 1) add_up(p, workspace);
+    if (workspace.ticket && is_last_block(workspace.ticket)) add_up(p, workspace.sums, a.chunks);
 }
 
 // The one with the fewest instructions that can do it

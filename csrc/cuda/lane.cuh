@@ -1,6 +1,9 @@
 // One number in the words that formulas/elementary.h asks for: a vector of width one.
 #pragma once
 
+#include <climits>
+#include <cstdint>
+
 #include "../formulas/elementary.h"
 
 namespace fused_bce {
@@ -98,8 +101,9 @@ FUSED_BCE_INLINE float reciprocal_approximately(float b) {
 // e, and the rounding error of t, which would cost 15 ULP, is put right to first order.
 FUSED_BCE_INLINE Lane<float> exp_minus(Lane<float> a) {
   constexpr float kLog2e = 1.44269502f;
-  constexpr float kLog2eRest = 1.92596299e-8f;
+  // ln 2 in two parts
   constexpr float kLn2 = 0.693147182f;
+  constexpr float kLn2Rest = -1.90465430e-9f;
   float bounded;
 #if __CUDA_ARCH__ >= 800
   asm("min.NaN.f32 %0, %1, %2;"
@@ -110,20 +114,59 @@ FUSED_BCE_INLINE Lane<float> exp_minus(Lane<float> a) {
 #endif
   // A plain product the compiler would compute twice, with both signs.
   const float minus_t = product(bounded, kLog2e);
-  const float rest = fmaf(bounded, -kLog2eRest, fmaf(bounded, -kLog2e, minus_t));
+  const float error = fmaf(minus_t, kLn2Rest, fmaf(minus_t, kLn2, -bounded));
   const float exp2 = exp2_approximately(-minus_t);
-  return Lane<float>(fmaf(exp2, rest * kLn2, exp2));
+  return Lane<float>(fmaf(exp2, error, exp2));
 }
 
 // What is lost is the estimate's error, which is not known.
 FUSED_BCE_INLINE Rounded<Lane<float>> exp_minus_and_lost(Lane<float> a) {
   return {exp_minus(a), Lane<float>(0)};
 }
+FUSED_BCE_INLINE Lane<float> with_excess(Lane<float> sigmoid, Lane<float>, Lane<float>) {
+  return sigmoid;
+}
+
+// With y = e share = e - share, the mean of e and share is the hyperbolic sine of log1p(e), and the
+// quotient of the two is 1 - y G(y): a polynomial with half the coefficients of one in e, to
+// 2^-25.7 of the result (Remez, weighted).
+FUSED_BCE_INLINE Lane<float> log1p_beside(Lane<float> e, Lane<float> share) {
+  const float y = product(e.v, share.v);
+  const float sinh = fmaf(-0.5f, y, e.v);
+  const Lane<float> g =
+      polynomial(Lane<float>(y), 0.1666654753f, -0.03330982595f, 0.006996763263f, -0.001218154299f);
+  return Lane<float>(fmaf(-y, fmaf(sinh, g.v, 0.5f), e.v));
+}
+
+// See elementary.h: one instruction under a condition takes the place of a select before it.
+template <class T>
+FUSED_BCE_INLINE Lane<T> add_vanishing_product(Lane<T> a, Lane<T> factor, Lane<T> y) {
+  return Lane<T>(factor.v == 0 ? y.v : ::fma(a.v, factor.v, y.v));
+}
+
+// A target that is known to be 0 or 1, in the place of a number, and its complement. Nothing is
+// computed from the two but what becomes one select.
+struct HardTarget {
+  bool is_one;
+
+  friend FUSED_BCE_INLINE HardTarget complement(HardTarget t) { return {!t.is_one}; }
+  friend FUSED_BCE_INLINE HardTarget select(bool m, HardTarget a, HardTarget b) {
+    return {m ? a.is_one : b.is_one};
+  }
+  template <class T>
+  friend FUSED_BCE_INLINE Lane<T> operator-(HardTarget t, Lane<T> c) {
+    return Lane<T>(t.is_one ? T(1) : T(0)) - c;
+  }
+};
+template <class T>
+FUSED_BCE_INLINE Lane<T> add_vanishing_product(Lane<T> a, HardTarget factor, Lane<T> y) {
+  return Lane<T>(factor.is_one ? a.v + y.v : y.v);
+}
 
 // a / b for b in [1, 2]: the hardware's estimate and one step of Newton.
 FUSED_BCE_INLINE Lane<float> quotient(Lane<float> a, Lane<float> b) {
   const float estimate = reciprocal_approximately(b.v);
-  return Lane<float>(a.v * fmaf(estimate, fmaf(-b.v, estimate, 1.f), estimate));
+  return Lane<float>(product(a.v, fmaf(estimate, fmaf(-b.v, estimate, 1.f), estimate)));
 }
 
 }  // namespace fused_bce

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "../problem.h"
+#include "lane.cuh"
 
 namespace fused_bce {
 
@@ -19,6 +20,10 @@ struct CudaHalf {
 // N elements, in accesses of 16 bytes where they are as many.
 template <class S, int N>
 struct alignas(sizeof(S) * N < 16 ? sizeof(S) * N : 16) Pack {
+  // What is accessed at once
+  using Word = std::conditional_t<sizeof(S) * N == 4, int,
+                                  std::conditional_t<sizeof(S) * N == 8, int2, int4>>;
+  static_assert(sizeof(S) * N % sizeof(Word) == 0);
   S v[N];
 };
 
@@ -26,33 +31,31 @@ struct alignas(sizeof(S) * N < 16 ? sizeof(S) * N : 16) Pack {
 // intrinsics also keep the accesses whole; plain assignments are compiled to one for each element.
 template <class S, int N>
 __device__ __forceinline__ Pack<S, N> load_pack(const S* p) {
+  using Word = typename Pack<S, N>::Word;
   Pack<S, N> pack;
-  static_assert(sizeof pack % 16 == 0);
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof pack / 16); ++i) {
-    const int4 word = __ldcs(reinterpret_cast<const int4*>(p) + i);
-    memcpy(static_cast<void*>(pack.v + i * (16 / sizeof(S))), &word, sizeof word);
+  for (int i = 0; i < static_cast<int>(sizeof pack / sizeof(Word)); ++i) {
+    const Word word = __ldcs(reinterpret_cast<const Word*>(p) + i);
+    memcpy(static_cast<void*>(pack.v + i * (sizeof word / sizeof(S))), &word, sizeof word);
   }
   return pack;
 }
 
 template <class S, int N>
 __device__ __forceinline__ void store_pack(const Pack<S, N>& pack, S* p) {
-  if constexpr (sizeof pack % 16 == 0) {
+  using Word = typename Pack<S, N>::Word;
 #pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof pack / 16); ++i) {
-      int4 word;
-      memcpy(&word, pack.v + i * (16 / sizeof(S)), sizeof word);
-      __stcs(reinterpret_cast<int4*>(p) + i, word);
-    }
-  } else {
-    *reinterpret_cast<Pack<S, N>*>(p) = pack;
+  for (int i = 0; i < static_cast<int>(sizeof pack / sizeof(Word)); ++i) {
+    Word word;
+    memcpy(&word, pack.v + i * (sizeof word / sizeof(S)), sizeof word);
+    __stcs(reinterpret_cast<Word*>(p) + i, word);
   }
 }
 
 // Of targets only
 __device__ __forceinline__ void convert(Boolean in, float& out) { out = in.byte != 0; }
 __device__ __forceinline__ void convert(Boolean in, double& out) { out = in.byte != 0; }
+__device__ __forceinline__ void convert(Boolean in, HardTarget& out) { out = {in.byte != 0}; }
 template <class Integer, class C>
 __device__ __forceinline__ std::enable_if_t<std::is_integral_v<Integer>> convert(Integer in,
                                                                                  C& out) {
@@ -85,16 +88,41 @@ __device__ __forceinline__ void widen(const Pack<S, N>& in, C (&out)[N]) {
 #pragma unroll
   for (int k = 0; k < N; ++k) convert(in.v[k], out[k]);
 }
-// One instruction an element; the compiler by itself takes two for every other one.
+// One instruction an element; the compiler by itself takes two for every other one. zero is 0: see
+// below.
 template <int N>
-__device__ __forceinline__ void widen(const Pack<__nv_bfloat16, N>& in, float (&out)[N]) {
+__device__ __forceinline__ void widen(const Pack<__nv_bfloat16, N>& in, float (&out)[N],
+                                      uint32_t zero = 0) {
+  const uint32_t shift = 0x10000u + zero, mask = 0xffff0000u | zero;
 #pragma unroll
   for (int k = 0; k < N; k += 2) {
     uint32_t two;
     memcpy(&two, in.v + k, sizeof two);
-    out[k] = __int_as_float(static_cast<int>(two << 16));
-    out[k + 1] = __int_as_float(static_cast<int>(two & 0xffff0000u));
+    out[k] = __int_as_float(static_cast<int>(two * shift));
+    out[k + 1] = __int_as_float(static_cast<int>(two & mask));
   }
+}
+template <class S, int N, class C>
+__device__ __forceinline__ void widen(const Pack<S, N>& in, C (&out)[N], uint32_t /*zero*/) {
+  widen(in, out);
+}
+
+// `zero` must be 0, and the compiler must not know: then so is the result, and what is computed
+// with it waits for all of these vectors. To save registers ptxas would issue the last loads after
+// the first vectors have been used up, in bfloat16; in float by itself it does not.
+template <class L, class T, int N, int kVectors>
+__device__ __forceinline__ uint32_t zero_when_loaded(uint32_t zero,
+                                                     const Pack<L, N> (&logits)[kVectors],
+                                                     const Pack<T, N> (&target)[kVectors]) {
+  uint32_t any = 0;
+#pragma unroll
+  for (int u = 0; u < kVectors; ++u) {
+    uint32_t words[2];
+    memcpy(words, logits[u].v, sizeof words[0]);
+    memcpy(words + 1, target[u].v, sizeof words[1]);
+    any |= words[0] | words[1];
+  }
+  return any & zero;
 }
 
 // Two elements in one instruction.

@@ -148,6 +148,24 @@ FUSED_BCE_INLINE Real product_rest(Real a, Real b, Real y) {
              fma(a_low, b_high, fma(a_high, b_low, fma(a_high, b_high, Real(0) - y))));
 }
 
+// log1p(e), where share = e / (1 + e) is there already
+template <class Real>
+FUSED_BCE_INLINE Real log1p_beside(Real e, Real /*share*/) {
+  return Precision<typename Real::Scalar>::log1p(e);
+}
+
+// a factor + y, and y where the factor is 0, even if a is infinite
+template <class Real>
+FUSED_BCE_INLINE Real add_vanishing_product(Real a, Real factor, Real y) {
+  return fma(select(factor == Real(0), Real(0), a), factor, y);
+}
+
+// 1 - t
+template <class Real>
+FUSED_BCE_INLINE Real complement(Real t) {
+  return Real(1) - t;
+}
+
 // a / b for b in [1, 2]
 template <class Real>
 FUSED_BCE_INLINE Real quotient(Real a, Real b) {

@@ -56,14 +56,22 @@ struct SigmoidFocal {
 
   template <bool kHasPosWeight, class Real>
   FUSED_BCE_INLINE LossAndGrad<Real> evaluate(Real x, Real t, Real pos_weight) const {
-    const Real w = number<Real>(of_positives) * t + number<Real>(of_negatives) * (Real(1) - t);
     // The same branches for all elements
-    const LossAndGrad<Real> r = kHasPosWeight || smoothing != 0 ? focused<true>(x, t, pos_weight)
-                                                                : focused<false>(x, t, pos_weight);
+    return weighted(t, kHasPosWeight || smoothing != 0 ? focused<true>(x, t, pos_weight)
+                                                       : focused<false>(x, t, pos_weight));
+  }
+
+  // The same for the usual numbers, without these branches
+  struct Usual;
+  FUSED_BCE_INLINE bool is_usual() const { return by_products && gamma == 2 && smoothing == 0; }
+
+ private:
+  template <class Real>
+  FUSED_BCE_INLINE LossAndGrad<Real> weighted(Real t, LossAndGrad<Real> r) const {
+    const Real w = number<Real>(of_positives) * t + number<Real>(of_negatives) * (Real(1) - t);
     return {w * r.loss, w * r.grad};
   }
 
- private:
   static FUSED_BCE_INLINE double power_of_minus_1_to(double gamma, double gamma_neg) {
     const int whole = static_cast<int>(gamma);  // it is at most 1e6
     if (gamma != gamma_neg || gamma != whole) return NAN;
@@ -83,7 +91,8 @@ struct SigmoidFocal {
     return fma(number<Real>(1 - smoothing), t, number<Real>(smoothing / 2));
   }
 
-  template <bool kOwnEntropy, bool kByProducts, class Real>
+  // kGamma: gamma, or 0 if it is not known when this is compiled
+  template <bool kOwnEntropy, bool kByProducts, int kGamma = 0, class Real>
   FUSED_BCE_INLINE LossAndGrad<Real> focused(Real x, Real t, Real pos_weight) const {
     const Real zero(0), one(1);
     const Real most(Precision<typename Real::Scalar>::kLargestExponent);
@@ -96,14 +105,15 @@ struct SigmoidFocal {
     const Real of_negative = kOwnEntropy ? smoothed(u) : u;
     const Real share = kOwnEntropy ? select(sign_bit(x), of_positive, of_negative) : q;
     const Real both = of_positive + of_negative;
-    const Real ce = fma(select(share == zero, zero, a), share, kOwnEntropy ? both * sp : sp);
+    const Real ce = add_vanishing_product(a, share, kOwnEntropy ? both * sp : sp);
     const Real slope = kOwnEntropy ? share - both * c : q - c;
 
     if constexpr (kByProducts) {
       const Real m = fma(q, one - c, l * c);
-      const Real m_less = select(number<Real>(gamma) == Real(2), m, one);  // m^(g - 1)
+      const Real g = kGamma ? Real(kGamma) : number<Real>(gamma);
+      const Real m_less = kGamma == 2 ? m : select(g == Real(2), m, one);  // m^(g - 1)
       const Real c_ce = vanishing_product(c, ce);
-      const Real turned = fma(m, slope, number<Real>(gamma) * (q - l) * (one - c) * c_ce);
+      const Real turned = fma(m, slope, g * (q - l) * (one - c) * c_ce);
       const Real focused_ce = kOwnEntropy ? vanishing_product(m_less * m, ce) : m_less * m * ce;
       return {focused_ce, flip_sign(m_less * turned, x)};
     } else {
@@ -126,6 +136,15 @@ struct SigmoidFocal {
         return {power * ce, flip_sign(power * fma(g, turned, slope), x)};
       }
     }
+  }
+};
+
+struct SigmoidFocal::Usual {
+  SigmoidFocal formula;
+
+  template <bool kHasPosWeight, class Real>
+  FUSED_BCE_INLINE LossAndGrad<Real> evaluate(Real x, Real t, Real pos_weight) const {
+    return formula.weighted(t, formula.focused<kHasPosWeight, true, 2>(x, t, pos_weight));
   }
 };
 

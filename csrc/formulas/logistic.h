@@ -15,17 +15,22 @@ struct Logistic {
   Real sp;  // log1p(e)
 };
 
+// sigmoid, of which a product of three factors has three times the error of e: half of it in
+// excess, in both factors that are c, puts it right, in the tail, where all three are nearly e.
+template <class Real>
+FUSED_BCE_INLINE Real with_excess(Real sigmoid, Real e, Real lost) {
+  return sigmoid - lost * fma(e, Real(-1.5), Real(1.5));
+}
+
 template <bool kByProducts, class Real>
 FUSED_BCE_INLINE Logistic<Real> logistic(Real x) {
   const Real one(1);
   const Real a = abs(x);
   const auto [e, lost] = exp_minus_and_lost(a);
   const Real sigmoid = quotient(e, one + e);
-  // From e - e c, as in bce.h, since powers multiply its error. A product of three factors also
-  // has three times the error of e: half of it in excess, in both that are c, puts it right, in
-  // the tail, where all three are nearly e.
-  const Real c = e - e * (kByProducts ? sigmoid - lost * fma(e, Real(-1.5), Real(1.5)) : sigmoid);
-  return {a, e, c, Precision<typename Real::Scalar>::log1p(e)};
+  // From e - e c, as in bce.h, since powers multiply its error.
+  const Real c = e - e * (kByProducts ? with_excess(sigmoid, e, lost) : sigmoid);
+  return {a, e, c, log1p_beside(e, sigmoid)};
 }
 
 // factor * loss, whose limit is 0 where an infinite logit makes the factor 0 and the loss infinite.

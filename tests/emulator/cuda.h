@@ -1,5 +1,6 @@
 // The words of CUDA for g++, so that csrc/cuda runs on the host: included before a .cu file. The
-// types are those of the real headers. What a GPU does with the words is in emulator.cpp.
+// types are those of the real headers. What a GPU does with the words is in emulator.cpp, what the
+// runtime does with launches in streams.cpp.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -29,10 +30,8 @@ struct Place {
 };
 const Place& here();
 
-// Runs a kernel: all blocks, one after the other, in an order drawn from EMULATOR_SEED; their
-// threads take turns in an order that is drawn anew between one wait and the next. Ends the process
-// where threads of a block would wait for each other forever.
-void run(unsigned blocks, unsigned threads, const std::function<void()>& kernel);
+// Puts a kernel into a stream: see streams.cpp.
+void launch(unsigned blocks, unsigned threads, cudaStream_t stream, std::function<void()> kernel);
 
 // Until all threads of the block are there
 void wait_for_block();

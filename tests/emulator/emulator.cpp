@@ -15,7 +15,7 @@
 #include <thread>
 #include <vector>
 
-#include "cuda.h"
+#include "launched.h"
 
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
@@ -58,6 +58,8 @@ struct Fibre {
   void* tsan = nullptr;
 };
 
+}  // namespace
+
 struct Block {
   std::vector<Fibre> fibres;
   std::shared_ptr<char[]> stacks;
@@ -69,6 +71,8 @@ struct Block {
   void* tsan = nullptr;
   char barrier = 0;  // its address, for the thread sanitizer
 };
+
+namespace {
 
 thread_local Block* block = nullptr;
 thread_local Fibre* fibre = nullptr;
@@ -195,28 +199,34 @@ float off_by(float right, int most, float operand) {
 
 EMULATOR_UNSEEN const Place& here() { return fibre->place; }
 
-void run(unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
+Launched::Launched(unsigned blocks_, unsigned threads_, std::function<void()> kernel_)
+    : blocks(blocks_), threads(threads_), kernel(std::move(kernel_)) {
   static std::atomic<unsigned> launches{0};
-  std::mt19937 random(seed + launches++);
-  std::vector<unsigned> order(blocks);
-  for (unsigned i = 0; i < blocks; ++i) order[i] = i;
-  std::shuffle(order.begin(), order.end(), random);
-  std::vector<std::unique_ptr<Block>> kept;
-  for (unsigned i : order) {
-    auto b = std::make_unique<Block>();
-    b->kernel = &kernel;
-    b->stacks = stacks_of(threads);
-    // Shared memory is the thread's.
-    std::thread([&, drawn = random()] {
-      make(*b, threads, {{}, {i, 0, 0}, dim3(blocks)});
-      run_block(*b, drawn);
-    }).join();
-    // A fibre that took the place of another would count as ordered after it.
-    IF_TSAN(kept.push_back(std::move(b)));
-  }
-  IF_TSAN(__tsan_acquire(const_cast<std::function<void()>*>(&kernel)));
-  for (const auto& b : kept)
-    for ([[maybe_unused]] Fibre& f : b->fibres) IF_TSAN(__tsan_destroy_fiber(f.tsan));
+  random.seed(seed + launches++);
+  waiting.resize(blocks);
+  for (unsigned i = 0; i < blocks; ++i) waiting[i] = i;
+  std::shuffle(waiting.begin(), waiting.end(), random);
+}
+
+Launched::~Launched() = default;
+
+bool Launched::run_next_block() {
+  auto b = std::make_unique<Block>();
+  b->kernel = &kernel;
+  b->stacks = stacks_of(threads);
+  // Shared memory is the thread's.
+  std::thread([&, i = waiting.back(), drawn = random()] {
+    make(*b, threads, {{}, {i, 0, 0}, dim3(blocks)});
+    run_block(*b, drawn);
+  }).join();
+  waiting.pop_back();
+  // A fibre that took the place of another would count as ordered after it.
+  IF_TSAN(kept.push_back(std::move(b)));
+  if (!waiting.empty()) return true;
+  IF_TSAN(__tsan_acquire(&kernel));
+  for (const auto& done : kept)
+    for ([[maybe_unused]] Fibre& f : done->fibres) IF_TSAN(__tsan_destroy_fiber(f.tsan));
+  return false;
 }
 
 EMULATOR_UNSEEN void wait_for_block() {
@@ -265,16 +275,3 @@ void stop(const char* why) {
 }
 
 }  // namespace emulator
-
-// What csrc/cuda calls of CUDA's runtime: there is one device, and nothing fails.
-extern "C" {
-
-cudaError_t cudaMemsetAsync(void* p, int value, size_t count, cudaStream_t) {
-  std::memset(p, value, count);
-  return cudaSuccess;
-}
-
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
-cudaError_t cudaGetLastError() { return cudaSuccess; }
-const char* cudaGetErrorString(cudaError_t) { return "none"; }
-}

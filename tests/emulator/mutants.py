@@ -5,10 +5,9 @@ does not run.
     python -m pytest tests/emulator/mutants.py
 
 Needs GCC with its sanitizers and the headers of the extra `emulator`. Each build, of float32 only,
-is loaded by a process of its own, which runs this file.
+is loaded by a process of its own, which runs probing.py.
 """
 
-import ctypes
 import os
 import re
 import shutil
@@ -17,28 +16,64 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import numpy as np
 import pytest
 from planting import plant
+from probing import WRONG
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 CUDA_HEADERS = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/include"))
-CHUNK = 8192
-WRONG, RACE = 1, 66  # exit statuses of a process
+RACE = 66  # exit status of a process; that of probing.py is WRONG
 TSAN_OPTIONS = f"exitcode={RACE} halt_on_error=1"
 
-# What stands in a file, and what stands there in the mutant
+RESET = "C10_CUDA_CHECK(cudaMemsetAsync(workspace.ticket, 0, sizeof(unsigned), stream))"
+SECOND_KERNEL = "if (workspace.sums && !workspace.ticket)"
+COVERS = "if (error != cudaErrorNoKernelImageForDevice &&"
+
+# The file, what stands there, and what in the mutant
 FAULTS = {
     "lanes left out": ("kernels.cuh", "distance = kWarp / 2;", "distance = kWarp / 4;"),
-    "a chunk whole too early": ("kernels.cuh", "kChunk <= p.numel;", "kChunk <= p.numel + 1;"),
-    "a chunk left out": ("kernels.cuh", "chunk < chunks; chunk +=", "chunk < gridDim.x; chunk +="),
+    "a chunk whole too early": (
+        "launch.cu",
+        "(problem.numel / kChunk)",
+        "(chunks_of(problem.numel))",
+    ),
+    "a chunk left out": (
+        "kernels.cuh",
+        "chunk < a.chunks; chunk +=",
+        "chunk < gridDim.x; chunk +=",
+    ),
     "a store beyond the end": ("kernels.cuh", "if (i + k < numel) p[k] =", "p[k] ="),
     "no last block": ("kernels.cuh", "== gridDim.x - 1", "== gridDim.x"),
     "two last blocks": ("kernels.cuh", "== gridDim.x - 1", ">= gridDim.x - 2"),
-    "a ticket not reset": ("launch.cu", "ticket, 0, sizeof", "ticket, 1, sizeof"),
     "division by no element": ("kernels.cuh", "divisor == 0 ? 1 : divisor", "divisor"),
-}  # fmt: skip
+    "a ticket reset to 1": ("launch.cu", RESET, RESET.replace("0", "1")),
+    "no reset": ("launch.cu", RESET, ""),
+    "a reset by the host": ("launch.cu", RESET, "*workspace.ticket = 0"),
+    "a reset in no stream": ("launch.cu", RESET, RESET.replace("stream", "nullptr")),
+    "a ticket for all": (
+        "launch.cu",
+        "= static_cast<unsigned*>(workspace_bytes)",
+        "= &ticket_for_all",
+    ),
+    "a kernel in no stream": ("launch.cuh", "kThreads, stream, [=]", "kThreads, nullptr, [=]"),
+    "a second kernel in no stream": (
+        "launch.cu",
+        "add_up_kernel, 1, stream",
+        "add_up_kernel, 1, nullptr",
+    ),
+    "no second kernel": ("launch.cu", SECOND_KERNEL, "if (false)"),
+    "a second kernel too many": ("launch.cu", SECOND_KERNEL, "if (workspace.sums)"),
+    "a sum left out": (
+        "launch.cu",
+        "sums, chunks_of(problem.numel)",
+        "sums, chunks_of(problem.numel) - 1",
+    ),
+    "an error as an answer": ("launch.cu", COVERS, "if (error == cudaSuccess &&"),
+    "an answer as an error": ("launch.cu", COVERS, "if ("),
+    "a failed reset": ("launch.cu", RESET, RESET.replace("C10_CUDA_CHECK", "static_cast<void>")),
+    "a failed launch": ("launch.cuh", "  C10_CUDA_KERNEL_LAUNCH_CHECK();", ""),
+}
 
 
 def places(word: str) -> list[tuple[str, int]]:
@@ -59,11 +94,12 @@ def without(word: str, name: str, which: int, csrc: Path) -> None:
 
 def compile_kernels(folder: Path, csrc: Path) -> Path:
     """A library that the thread sanitizer watches."""
-    sources = [HERE / "emulator.cpp", folder / "kernels.cpp"]
+    sources = [folder / "kernels.cpp", HERE / "emulator.cpp", HERE / "streams.cpp"]
     wanted = ["cuda/launch.cu", "cuda/logits_float32.cu"]
     probe = (HERE / "probe.cpp").read_text().replace("../../csrc", str(csrc))
     includes = "".join(f'#include "{csrc / name}"\n' for name in wanted)
-    sources[1].write_text(f'#include "cuda.h"\n{includes}{probe}')
+    shared = "unsigned ticket_for_all;  // what a mutant takes\n"
+    sources[0].write_text(f'#include "cuda.h"\n{shared}{includes}{probe}')
     library = folder / "kernels.so"
     # initial-exec: shared memory is there when its block begins, as on a GPU.
     flags = ["-std=c++20", "-O1", "-g1", "-Dalways_inline=unused"]
@@ -82,7 +118,7 @@ def run(library: Path) -> subprocess.CompletedProcess:
     ).stdout.strip()
     environment = os.environ | {"LD_PRELOAD": runtime, "TSAN_OPTIONS": TSAN_OPTIONS}
     environment |= {"PYTHONPATH": str(HERE.parent)}
-    command = ["setarch", "-R", sys.executable, __file__, str(library)]
+    command = ["setarch", "-R", sys.executable, str(HERE / "probing.py"), str(library)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 
@@ -129,97 +165,3 @@ def test_a_barrier_for_some(csrc):
     assert BARRIERS
     path.write_text(text.replace("__syncthreads();", "if (threadIdx.x < 100) __syncthreads();"))
     check_found(csrc, {-6}, "not all threads reach a barrier")
-
-
-# In the process that has loaded a library
-
-
-def guarded(numel: int, value=np.nan) -> np.ndarray:
-    """Room for so many numbers, and behind them what must neither be read nor written."""
-    whole = np.frombuffer(bytearray(4 * (numel + 68)), np.float32)
-    start = -whole.ctypes.data % 64 // 4
-    whole[:] = value
-    return whole[start : start + numel + 16]
-
-
-def wrong_mean(library, numel, blocks, weighted, ignored) -> str | None:
-    random = np.random.default_rng(numel)
-    logits, target, grad = guarded(numel), guarded(numel), guarded(numel)
-    logits[:numel] = random.normal(size=numel) * 4
-    target[:numel] = random.integers(0, 2, numel) if ignored != "all" else 2
-    if ignored == "some":
-        target[: numel // 2] = 2
-    kept = target[:numel] != 2
-    pos_weight = random.uniform(0.5, 2, 8).astype(np.float32)
-    weights = np.resize(pos_weight, numel) if weighted else 1.0
-    loss, divisor = np.full(1, np.nan, np.float32), np.array([float(kept.sum())])
-    workspace = np.full(1024, 0x55, np.uint8)  # what an earlier launch may have left there
-    library.probe_mean(
-        ctypes.c_int64(numel),
-        *(p.ctypes.data_as(ctypes.c_void_p) for p in (logits, target)),
-        pos_weight.ctypes.data_as(ctypes.c_void_p) if weighted else None,
-        ctypes.c_int64(8),
-        ctypes.c_double(2.0 if ignored else np.nan),
-        *(p.ctypes.data_as(ctypes.c_void_p) for p in (divisor, loss, grad, workspace)),
-        ctypes.c_int64(blocks),
-    )
-    x = logits[:numel].astype(np.float64)
-    positive = target[:numel] == 1
-    losses = np.where(positive, weights * np.logaddexp(0, -x), np.logaddexp(0, x))
-    sigmoid = 1 / (1 + np.exp(-x))
-    grads = np.where(positive, weights * (sigmoid - 1), sigmoid)
-    n = max(kept.sum(), 1)
-    # float32, of which the approximations cost a few units
-    if not abs(loss[0] - losses[kept].sum() / n) <= 2e-6 * np.abs(losses).max():
-        return f"loss {loss[0]}, not {losses[kept].sum() / n}"
-    if not (np.abs(grad[:numel] - np.where(kept, grads, 0) / n) <= 2e-6 / n).all():
-        return "gradient"
-    return None if np.isnan(grad[numel:]).all() else "written beyond the end"
-
-
-def wrong_scale(library, numel, channels) -> str | None:
-    grad = guarded(numel)
-    grad[:numel] = before = np.random.default_rng(numel).normal(size=numel).astype(np.float32)
-    grad_loss = np.arange(3, 3 + channels, dtype=np.float32)
-    library.probe_scale(
-        grad.ctypes.data_as(ctypes.c_void_p),
-        ctypes.c_int64(numel),
-        grad_loss.ctypes.data_as(ctypes.c_void_p),
-        ctypes.c_int64(channels),
-    )
-    same = np.array_equal(grad[:numel], before * np.resize(grad_loss, numel))
-    return None if same and np.isnan(grad[numel:]).all() else "scaled gradient"
-
-
-def wrong_count(library, numel) -> str | None:
-    target = guarded(numel, 2.0)
-    target[:numel] = np.random.default_rng(numel).integers(0, 3, numel)
-    count = np.zeros(1)
-    library.probe_count_kept(
-        target.ctypes.data_as(ctypes.c_void_p),
-        ctypes.c_int64(numel),
-        ctypes.c_double(2.0),
-        count.ctypes.data_as(ctypes.c_void_p),
-    )
-    kept = (target[:numel] != 2).sum()
-    return None if count[0] == kept else f"count {count[0]}, not {kept}"
-
-
-# Blocks, whether there is a pos_weight, which targets are ignored
-MEANS = [(2, False, None), (100, True, "some"), (100, False, "all")]
-
-
-def main(path: str) -> int:
-    library = ctypes.CDLL(path)
-    for numel in (3 * CHUNK + 5, CHUNK - 1, 257):
-        found = [wrong_mean(library, numel, *options) for options in MEANS]
-        found += [wrong_scale(library, numel, channels) for channels in (1, numel)]
-        found += [wrong_count(library, numel)]
-        if any(found):
-            print("WRONG", numel, [what for what in found if what])
-            return WRONG
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))

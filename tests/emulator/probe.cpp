@@ -1,15 +1,36 @@
-// Three calls of the kernels for float32, in plain C, for mutants.py.
+// Calls of the kernels for float32, in plain C, for mutants.py. They return null, or what went
+// wrong.
+#include <exception>
+#include <string>
+
 #include "../../csrc/cuda/launch.cuh"
 #include "../../csrc/problem.h"
 
 using namespace fused_bce;
 
+namespace {
+
+template <class Call>
+const char* caught(Call call) {
+  static std::string message;
+  try {
+    call();
+    return nullptr;
+  } catch (const std::exception& error) {
+    message = error.what();
+    return message.c_str();
+  }
+}
+
+}  // namespace
+
 extern "C" {
 
 // A mean with its gradient. `workspace` has room, and whatever was left there.
-void probe_mean(int64_t numel, const float* logits, const float* target, const float* pos_weight,
-                int64_t channels, double ignore_index, const double* divisor, float* loss,
-                float* grad_logits, void* workspace, int64_t most_blocks) {
+const char* probe_mean(int64_t numel, const float* logits, const float* target,
+                       const float* pos_weight, int64_t channels, double ignore_index,
+                       const double* divisor, float* loss, float* grad_logits, void* workspace,
+                       int64_t most_blocks, bool in_last_block, void* stream) {
   Problem p;
   p.numel = numel;
   p.logits.data = logits;
@@ -20,16 +41,25 @@ void probe_mean(int64_t numel, const float* logits, const float* target, const f
   p.loss = loss;
   p.grad_logits = grad_logits;
   limit_cuda_blocks(most_blocks);
-  launch_cuda(p, cuda_workspace_bytes(p) ? workspace : nullptr, nullptr);
+  add_up_in_last_cuda_block(in_last_block);
+  return caught([&] { launch_cuda(p, cuda_workspace_bytes(p) ? workspace : nullptr, stream); });
 }
 
-void probe_scale(float* grad_logits, int64_t numel, const float* grad_loss, int64_t channels) {
-  launch_cuda_scale({grad_logits, DType::kFloat32, {grad_loss, DType::kFloat32, channels, 1, 1}},
-                    numel, nullptr);
+const char* probe_scale(float* grad_logits, int64_t numel, const float* grad_loss, int64_t channels,
+                        void* stream) {
+  const Broadcast factors{grad_loss, DType::kFloat32, channels, 1, 1};
+  return caught([&] { launch_cuda_scale({grad_logits, DType::kFloat32, factors}, numel, stream); });
 }
 
-void probe_count_kept(const float* target, int64_t numel, double ignore_index, double* count) {
-  launch_cuda_count_unignored({target, DType::kFloat32}, numel, {ignore_index}, count, nullptr);
+const char* probe_count_kept(const float* target, int64_t numel, double ignore_index, double* count,
+                             void* stream) {
+  return caught([&] {
+    launch_cuda_count_unignored({target, DType::kFloat32}, numel, {ignore_index}, count, stream);
+  });
+}
+
+const char* probe_covers(bool* covers) {
+  return caught([&] { *covers = cuda_covers_current_device(); });
 }
 }
 

@@ -36,7 +36,7 @@ from helpers import (
 )
 from torch.profiler import ProfilerActivity, profile
 
-from fused_bce import why_not_fused
+from fused_bce import _C, why_not_fused
 
 pytestmark = pytest.mark.gpu
 
@@ -82,6 +82,14 @@ def replaying(compute):
     return run
 
 
+@pytest.fixture(params=[True, False], ids=["last_block", "second_kernel"])
+def _either_adds_up(request):
+    _C.add_up_in_last_block(request.param)
+    yield
+    _C.add_up_in_last_block(True)
+
+
+@pytest.mark.usefixtures("_either_adds_up")
 @pytest.mark.parametrize("way", [lambda compute: compute, replaying], ids=["eager", "graphs"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=dtype_name)
 def test_two_streams_at_once(dtype, way):
@@ -139,6 +147,7 @@ def graph_problem(numel, dtype, reduction, weighted):
     return logits, target, options
 
 
+@pytest.mark.usefixtures("_either_adds_up")
 @by_graph
 @by_graph_dtype
 @by_reduction

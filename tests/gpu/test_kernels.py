@@ -43,15 +43,23 @@ def limit_blocks():
     _C.limit_cuda_blocks(2**31 - 1)
 
 
+@pytest.fixture
+def choose_last_block():
+    """Whether the last block adds up the sums of chunks, as it does unless told otherwise."""
+    yield _C.add_up_in_last_block
+    _C.add_up_in_last_block(True)
+
+
 @by_reduction
 @by_dtype
 @pytest.mark.parametrize("numel", [1000, CHUNK, 100_003, 2**20 + 5])
-def test_any_number_of_blocks(limit_blocks, numel, dtype, reduction):
+def test_any_number_of_blocks(limit_blocks, choose_last_block, numel, dtype, reduction):
     logits, target = draw((numel,), DEVICE, dtype, dtype)
     options = {"grad_loss": make_grad_loss(logits, reduction), "reduction": reduction}
     first = evaluate(fused, logits, target, **options)
-    for blocks in (1, 2, 7, 100, 2**31 - 1):
+    for blocks, in_last_block in itertools.product((1, 2, 7, 100, 2**31 - 1), (True, False)):
         limit_blocks(blocks)
+        choose_last_block(in_last_block)
         for _ in range(3):
             assert_same_bits(evaluate(fused, logits, target, **options), first)
     check_result(first, logits, target, **options)

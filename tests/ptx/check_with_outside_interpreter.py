@@ -4,7 +4,8 @@
 
 Its reference rounds a gradient once. Here, but for float16, the gradient for a grad_loss of 1 is
 rounded, multiplied by grad_loss, and rounded again; and where targets are ignored a 0 stays 0,
-whatever grad_loss is. Exits with 1 if results are wrong, 2 if nothing can be said.
+whatever grad_loss is. Both ways of adding up are run, in turns. Exits with 1 if results are wrong,
+2 if nothing can be said.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import check
 import checks
 import far_end
 import reference
-from project import SMALLEST_EXPONENT, decode, encode, round_to, ulp
+from project import SMALLEST_EXPONENT, Device, decode, encode, round_to, ulp
 
 import cases
 
@@ -59,6 +60,19 @@ def wrong_grads_in_two_steps(stored, p, true, ulps):
         stored = np.where(right, expected, stored)
     return wrong_grads(stored, p, true, ulps)
 
+
+launch = Device.launch
+
+
+def launch_in_turns(self, p, offsets=None, finished=None):
+    """The last block adds up the sums of chunks, or a second kernel: not the same as in the launch
+    before. Blocks that count as having run before have taken a ticket."""
+    self.in_last_block = finished is not None or not getattr(self, "in_last_block", False)
+    self.lib.face_add_up_in_last_block(self.in_last_block)
+    return launch(self, p, offsets, finished)
+
+
+Device.launch = launch_in_turns
 
 for module in (reference, cases, checks, far_end):
     module.truth = truth_in_two_steps

@@ -116,6 +116,8 @@ const char* face_scale(void* grad_logits, int64_t dtype, int64_t numel, const vo
 
 void face_limit_blocks(int64_t most) { limit_cuda_blocks(most); }
 
+void face_add_up_in_last_block(bool choice) { add_up_in_last_cuda_block(choice); }
+
 bool face_covers_device() { return cuda_covers_current_device(); }
 
 }  // extern "C"
