@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/train_distributed.py
     torchrun --nproc-per-node 2 examples/train_distributed.py --parallel labels
-    torchrun --nproc-per-node 4 examples/train_distributed.py --parallel head
+    torchrun --nproc-per-node 4 examples/train_distributed.py --parallel labels head
 
 ``batch``: every process takes its share of a batch; DistributedDataParallel averages gradients.
 ``labels``: the classification head and with it the logits are sharded over the labels, as DTensors.
@@ -10,8 +10,8 @@ Each process computes the loss of its own labels, and the logits are never gathe
 ``head``: the same for many labels, of which nearly all are 0. The layer is part of the loss, and a
 process does not even hold the logits of its own labels; targets are label numbers.
 
-In each, process 0 also trains alone, with torch's loss. The two loss curves must lie on each other:
-exits with status 1 if they do not.
+Those that are asked for come one after the other. Process 0 also trains alone, with torch's loss.
+The loss curves must lie on that one: exits with status 1 if they do not.
 """
 
 import argparse
@@ -157,15 +157,17 @@ WAYS = {"batch": ByBatch, "labels": ByLabels, "head": ByHead}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parallel", choices=WAYS, default="batch")
+    parser.add_argument("--parallel", choices=WAYS, nargs="+", default=["batch"])
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
     dist.init_process_group("gloo")
     rank, processes = dist.get_rank(), dist.get_world_size()
-    way = WAYS[arguments.parallel]
-    curve = train(way(network(arguments.seed)), arguments.epochs, arguments.seed)
+    curves = {
+        parallel: train(WAYS[parallel](network(arguments.seed)), arguments.epochs, arguments.seed)
+        for parallel in arguments.parallel
+    }
     # DistributedDataParallel lies in a reference cycle; threads of its group that outlive Python
     # would end the process with an error.
     gc.collect()
@@ -173,7 +175,8 @@ def main() -> None:
     dist.destroy_process_group()
     if rank == 0:
         alone = train(Alone(network(arguments.seed)), arguments.epochs, arguments.seed)
-        compare(curve, alone, f"{processes} processes, by {arguments.parallel}, fused_bce")
+        for parallel, curve in curves.items():
+            compare(curve, alone, f"{processes} processes, by {parallel}, fused_bce")
 
 
 def compare(curve: list[float], alone: list[float], name: str) -> None:

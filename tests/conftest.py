@@ -1,6 +1,7 @@
 """Fixtures for every test, and the option that thins parametrised tests out."""
 
 import itertools
+import os
 from collections import defaultdict
 
 import pytest
@@ -35,9 +36,13 @@ def kernel_device(request):
 
 @pytest.fixture(autouse=True, scope="session")
 def _compiler_cache(tmp_path_factory):
-    """What an earlier run compiled would hide that this one cannot."""
+    """What an earlier run compiled would hide that this one cannot; but the processes of one run
+    share it, each of which would compile torch's headers else."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
         yield
 
 

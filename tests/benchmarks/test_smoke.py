@@ -135,6 +135,40 @@ def test_contenders_compute_the_same(device, preset, with_compile):
                 torch.testing.assert_close(got, expected, rtol=rounding, atol=atol)
 
 
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("preset", ["training", "heads", "head", "pairwise"])
+@by_compile
+def test_steps_compute_the_same(monkeypatch, device, preset, with_compile):
+    """The losses of each step, as it hands them to backward."""
+    losses, backward, make_network = [], torch.Tensor.backward, training.make_network
+
+    def keep_loss(loss, *gradient):
+        if not gradient:  # with one these are logits, which have no loss
+            losses.append(loss.item())
+        backward(loss, *gradient)
+
+    def make_same_network(spec):
+        torch.manual_seed(0)
+        return make_network(spec)
+
+    monkeypatch.setattr(torch.Tensor, "backward", keep_loss)
+    monkeypatch.setattr(training, "make_network", make_same_network)
+    for case in PRESETS[preset].cases(Selection(device)):
+        results = {}
+        for name, contender in PRESETS[preset].contenders(case, with_compile).items():
+            losses.clear()
+            contender.step()
+            results[name] = [*losses]
+        computed = {name: result for name, result in results.items() if result}
+        assert results.keys() - computed.keys() <= {"gemms", "no loss"}
+        fused = computed.pop("fused")
+        assert computed
+        # Logits, of which a compiled layer may round none in the dtype, and their sum
+        rounding = 16 * torch.finfo(getattr(torch, case.dtype)).eps
+        for result in computed.values():
+            assert result == pytest.approx(fused, rel=rounding)
+
+
 def test_one_process_of_pairs(tmp_path):
     """In this one: those of a group take seconds to start."""
     path, threads = tmp_path / "results.csv", torch.get_num_threads()

@@ -1,6 +1,7 @@
 """Checks that run in several processes on the CPU (gloo)."""
 
 import gc
+import multiprocessing
 import time
 
 import pytest
@@ -10,13 +11,26 @@ import torch.multiprocessing as mp
 from helpers import HANGS
 from torch.distributed.device_mesh import init_device_mesh
 
+# Imported once, by the server that forks the processes.
+multiprocessing.set_forkserver_preload(
+    [
+        "fused_bce",
+        "pytest",
+        "torch._dynamo",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+    ]
+)
+
 by_world_size = pytest.mark.parametrize("world_size", [2, 4])
 
 
 def run(check, world_size: int, tmp_path) -> None:
     """Runs ``check()`` in that many processes; raises what one of them raised."""
     address = f"file://{tmp_path}/rendezvous"
-    context = mp.spawn(_process, (world_size, address, check), world_size, join=False)
+    context = mp.start_processes(
+        _process, (world_size, address, check), world_size, join=False, start_method="forkserver"
+    )
     deadline = time.monotonic() + HANGS
     while not context.join(timeout=1):
         if time.monotonic() > deadline:

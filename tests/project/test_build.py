@@ -3,21 +3,22 @@
 import os
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
+from setup_script import ROOT, run_setup
+from torch.utils import cpp_extension
 
 import fused_bce
 
-ROOT = Path(__file__).parents[2]
 
-
-def run_python(*arguments, **environment):
+def run_python(*arguments):
     return subprocess.run(
         [sys.executable, *arguments],
-        env=os.environ | environment,
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -80,43 +81,32 @@ def test_a_zip_file_says_so(tmp_path):
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
 def test_forced_cuda_needs_a_cuda_torch():
-    result = run_python("setup.py", "--version", FORCE_CUDA="1")
-    assert result.returncode == 1
-    assert "is a CPU build. Install a CUDA build of torch" in result.stderr
+    error = run_setup(FORCE_CUDA="1")
+    assert "is a CPU build. Install a CUDA build of torch" in error
 
 
-def run_setup(before="pass", **environment):
-    run = "sys.argv = ['setup.py', '--name']; runpy.run_path('setup.py')"
-    return run_python("-c", f"import runpy, sys; {before}; {run}", FORCE_CUDA="0", **environment)
-
-
-def error_of_setup(before="pass", **environment):
-    result = run_setup(before, **environment)
-    assert result.returncode == 1
-    return result.stderr
-
-
-def test_what_cannot_build_it_is_named():
-    version = "torch.torch_version.TorchVersion('2.10.1')"
-    error = error_of_setup(f"import torch; torch.__version__ = {version}")
-    assert "fused_bce needs torch 2.11 or newer, and this is torch 2.10.1" in error
-    error = error_of_setup("import setuptools; setuptools.__version__ = '65.5.0'")
-    assert 'this is 65.5.0: pip install "setuptools>=77"' in error
-    error = error_of_setup("sys.modules['pybind11'] = None")
-    assert "there is no pybind11 here" in error
+def test_what_cannot_build_it_is_named(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.10.1"))
+        assert "fused_bce needs torch 2.11 or newer, and this is torch 2.10.1" in run_setup()
+    with monkeypatch.context() as patch:
+        patch.setattr(setuptools, "__version__", "65.5.0")
+        assert 'this is 65.5.0: pip install "setuptools>=77"' in run_setup()
+    monkeypatch.setitem(sys.modules, "pybind11", None)
+    assert "there is no pybind11 here" in run_setup()
 
 
 def test_no_compiler_is_named(tmp_path):
-    error = error_of_setup(CXX="absent++")
+    error = run_setup(CXX="absent++")
     assert "there is no absent++ here. Install GCC 11 or newer (the package g++ of Debian" in error
     # What a folder on PATH that the user may not read makes of it, for others than root
     secret = tmp_path / "secret"
     secret.mkdir(mode=0o000)
     path = f"{secret}{os.pathsep}{os.environ['PATH']}"
-    assert "there is no absent++ here. Install GCC" in error_of_setup(CXX="absent++", PATH=path)
+    assert "there is no absent++ here. Install GCC" in run_setup(CXX="absent++", PATH=path)
     script = tmp_path / "not-executable"
     script.touch()
-    assert f"there is no {script} here" in error_of_setup(CXX=str(script))
+    assert f"there is no {script} here" in run_setup(CXX=str(script))
 
 
 def make_compiler(path, *macros):
@@ -129,65 +119,53 @@ def make_compiler(path, *macros):
 @pytest.mark.parametrize("macros", [["__cplusplus 201709L"], []], ids=["GCC 10", "a failure"])
 def test_an_old_compiler_is_refused(tmp_path, macros):
     old = make_compiler(tmp_path / "g++", *macros)
-    error = error_of_setup(CXX=old)
+    error = run_setup(CXX=old)
     assert f"fused_bce is C++20, which {old} does not compile. Install GCC 11 or newer" in error
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Clang is the compiler of torch")
 def test_clang_is_refused(tmp_path):
     clang = make_compiler(tmp_path / "clang++", "__clang__ 1", "__cplusplus 202002L")
-    assert f"but {clang} is Clang: set CXX=g++" in error_of_setup(CXX=clang)
+    assert f"but {clang} is Clang: set CXX=g++" in run_setup(CXX=clang)
 
 
-def test_gcc_is_refused_on_macos(tmp_path):
+def test_gcc_is_refused_on_macos(monkeypatch, tmp_path):
     gcc = make_compiler(tmp_path / "g++", "__GNUC__ 14", "__cplusplus 202002L")
-    pretend = "import torch.utils.cpp_extension, sys; sys.platform = 'darwin'"
-    assert f"is built by Clang, as torch is: {gcc} is not" in error_of_setup(pretend, CXX=gcc)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert f"is built by Clang, as torch is: {gcc} is not" in run_setup(CXX=gcc)
 
 
-def test_missing_headers_of_python_are_named(tmp_path):
-    error = error_of_setup(f"import sysconfig; sysconfig.get_path = lambda *_: {str(tmp_path)!r}")
+def test_missing_headers_of_python_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
+    error = run_setup()
     assert f"there is no {tmp_path}/Python.h here. Install them (the package python3-dev" in error
 
 
-def test_ninja_is_found_beside_python_or_named(tmp_path):
+def test_ninja_is_found_beside_python_or_named(monkeypatch, tmp_path):
     """pip installs it there, and in `make` nobody has activated the environment."""
     compiler = make_compiler(tmp_path / "g++", "__cplusplus 202002L", "Py_PYTHON_H")
-    before = (
-        "import torch.utils.cpp_extension, sysconfig, sys; sys.platform = 'linux'; "
-        f"sysconfig.get_path = lambda *_: {str(tmp_path)!r}"
-    )
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
     environment = {"CXX": compiler, "PATH": str(tmp_path / "absent")}
-    error = error_of_setup(before, **environment)
+    error = run_setup(**environment)
     assert "there is no ninja here: pip install ninja" in error
     make_compiler(tmp_path / "ninja")
-    assert run_setup(before, **environment).returncode == 0
+    assert run_setup(**environment)["version"]()
 
 
-def test_windows_is_refused():
-    error = error_of_setup("import setuptools; sys.platform = 'win32'")
-    assert error.startswith("fused_bce does not support Windows")
+def test_windows_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert run_setup().startswith("fused_bce does not support Windows")
 
 
-def openmp_args_on_macos(includes, **environment):
-    code = (
-        "import runpy, sys; from torch.utils import cpp_extension; "
-        f"cpp_extension.include_paths = lambda *_: [{str(includes)!r}]; "
-        "sys.argv = ['setup.py', '--name']; build = runpy.run_path('setup.py'); "
-        "sys.platform = 'darwin'; print(build['openmp_args']())"
-    )
-    result = run_python("-c", code, FORCE_CUDA="0", **environment)
-    return result.stdout.splitlines()[-1], result.stderr
-
-
-def test_openmp_on_macos(tmp_path):
+def test_openmp_on_macos(monkeypatch, tmp_path):
     """Without the header that torch's wheels for macOS bring there is a warning, not an error."""
-    args, warnings = openmp_args_on_macos(tmp_path)
-    assert args == "[]"
-    assert "there is no omp.h beside this torch: fused_bce will use one thread" in warnings
+    openmp_args = run_setup()["openmp_args"]
+    monkeypatch.setattr(cpp_extension, "include_paths", lambda *_: [str(tmp_path)])
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.warns(match="there is no omp.h beside this torch: fused_bce will use one thread"):
+        assert openmp_args() == []
     (tmp_path / "omp.h").touch()
-    args, warnings = openmp_args_on_macos(tmp_path)
-    assert args == "['-Xpreprocessor', '-fopenmp']"
-    assert "omp.h" not in warnings
-    args, _ = openmp_args_on_macos(tmp_path, SANITIZE="thread")
-    assert args == "[]"
+    assert openmp_args() == ["-Xpreprocessor", "-fopenmp"]
+    monkeypatch.setenv("SANITIZE", "thread")
+    assert openmp_args() == []

@@ -1,36 +1,19 @@
 """What a wheel and an sdist say about the torch that they are for, and what an sdist holds."""
 
-import os
 import subprocess
-import sys
 import tarfile
 from collections.abc import Iterator
 from email.parser import Parser
-from pathlib import Path
 
 import pytest
 import torch
+from setup_script import ROOT, run_setup
+from torch.utils import cpp_extension
 
 import fused_bce
 
-ROOT = Path(__file__).parents[2]
 SDIST = f"fused_bce-{fused_bce.__version__}"
 MINOR = ".".join(torch.__version__.split(".")[:2])
-
-
-def run_setup(*arguments, before="pass", **environment):
-    """setup.py as the build backend runs it, in the source folder."""
-    code = f"import runpy, sys; {before}; runpy.run_path('setup.py')"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "-q", *map(str, arguments)],
-        env=os.environ | {"FORCE_CUDA": "0"} | environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def required_torch(metadata) -> list[str]:
@@ -73,11 +56,11 @@ def test_an_sdist_has_every_file(sdist):
     assert {f"{SDIST}/{name}" for name in listing.splitlines()} <= {*sdist.getnames()}
 
 
-def test_the_tag_names_cuda():
+def test_the_tag_names_cuda(monkeypatch):
     """As the tags of others do, its release without the dot; no compiler is needed to say so."""
-    pretend = (
-        "import torch; from torch.utils import cpp_extension; "
-        "torch.version.cuda = '13.0'; cpp_extension.CUDA_HOME = '/absent'"
-    )
-    version = run_setup("--version", before=pretend, FORCE_CUDA="1", TAG_VERSION="1")
-    assert version.split()[-1] == f"{fused_bce.__version__}+pt{MINOR.replace('.', '')}cu130"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/absent")
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    monkeypatch.setenv("TAG_VERSION", "1")
+    version = run_setup(FORCE_CUDA="1")["version"]()
+    assert version == f"{fused_bce.__version__}+pt{MINOR.replace('.', '')}cu130"
