@@ -69,6 +69,11 @@ _KINDS = ("composite", "with_grad", "backward", "differentiable_backward")
 _lowered = {name: _lower_pointwise(name) for name, *_ in _C.losses()}
 
 
+def _logits(input, linear_weight, linear_bias, dtype: torch.dtype) -> Tensor:
+    bias = None if linear_bias is None else linear_bias.to(dtype)
+    return torch.nn.functional.linear(input.to(dtype), linear_weight.to(dtype), bias)
+
+
 @_lowers(ops.linear_binary_cross_entropy_with_logits.default)
 def _linear_loss(
     input,
@@ -86,8 +91,7 @@ def _linear_loss(
     **named,
 ):
     dtype = dtype or input.dtype
-    bias = None if linear_bias is None else linear_bias.to(dtype)
-    logits = torch.nn.functional.linear(input.to(dtype), linear_weight.to(dtype), bias)
+    logits = _logits(input, linear_weight, linear_bias, dtype)
     wide = torch.promote_types(dtype, torch.float32)
     if offsets is not None:
         rows = SparseTarget(target, offsets, linear_weight.shape[0], values)
@@ -120,11 +124,8 @@ def _linear_loss_and_grads(wanted, grad_loss, input, linear_weight, linear_bias,
 
 @_lowers(ops._linear_topk.default)
 def _linear_topk(input, linear_weight, linear_bias, k, dtype=None, chunk_bytes=0):
-    dtype = dtype or input.dtype
-    bias = None if linear_bias is None else linear_bias.to(dtype)
-    logits = torch.nn.functional.linear(input.to(dtype), linear_weight.to(dtype), bias)
     # Of equal logits ONNX has the lower label first, too.
-    return torch.topk(logits, k)
+    return torch.topk(_logits(input, linear_weight, linear_bias, dtype or input.dtype), k)
 
 
 @_lowers(ops._count_unignored.default)
