@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from harness.rows import AccuracyRow, CounterRow, Facts, Row, read_rows
@@ -22,6 +23,7 @@ from plots.cost import plot_cost
 from plots.head import FIGURES as OF_HEAD
 from plots.ladder import group_name, plot_ladder
 from plots.pairwise import FIGURES as OF_PAIRWISE
+from plots.style import DPI, SIZES
 
 # By workload: ladders of what is not the number of elements
 LADDERS = OF_HEAD | OF_PAIRWISE
@@ -41,10 +43,11 @@ def plot_file(csv: Path) -> None:
     rows = read_rows(csv, kinds=(Row, AccuracyRow, CounterRow))
     if len({(row.device, row.device_name) for row in rows}) > len({row.device for row in rows}):
         raise SystemExit(f"{csv} mixes the results of several machines")
-    for name, figure in figures(rows):
-        png = csv.with_name(f"{csv.stem}-{name}.png" if name else f"{csv.stem}.png")
-        figure.savefig(png, dpi=120)
-        print(png)
+    with matplotlib.rc_context(SIZES):
+        for name, figure in figures(rows):
+            png = csv.with_name(f"{csv.stem}-{name}.png" if name else f"{csv.stem}.png")
+            figure.savefig(png, dpi=DPI)
+            print(png)
 
 
 def figures(rows: list[Facts]) -> Iterator[tuple[str, Figure]]:

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from harness.rows import AccuracyRow
-from plots.style import CAPTION_STYLE, STYLES, caption
+from plots.style import CAPTION_STYLE, STYLES, WIDTH, caption
 
 # A float32 of which no digit is right
 ALL_DIGITS = 2**23
@@ -15,7 +15,7 @@ LAST_NORMAL = 87.34
 
 
 def plot_accuracy(rows: list[AccuracyRow]) -> Figure:
-    figure = Figure(figsize=(15, 8), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 7.5), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey=True)
     combinations = itertools.product((0.0, 1.0), ("loss", "gradient"))
     for axes, (target, quantity) in zip(panels.flat, combinations, strict=True):
@@ -26,10 +26,7 @@ def plot_accuracy(rows: list[AccuracyRow]) -> Figure:
         axes.set_xlabel("logit")
     for axes in panels[:, 0]:
         axes.set_ylabel("largest error, ULP")
-    figure.suptitle(
-        f"{rows[0].device_name}: errors in units of the last place of float32, each the largest of "
-        f"{rows[0].points:,} logits"
-    )
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     figure.supxlabel(caption(rows), **CAPTION_STYLE)
     return figure
 
@@ -47,4 +44,3 @@ def plot_errors(axes: Axes, rows: list[AccuracyRow]) -> None:
     axes.axhline(ALL_DIGITS, color="gray", linewidth=1, linestyle=":", label="no digit is right")
     axes.axvspan(-LAST_NORMAL, LAST_NORMAL, color="gray", alpha=0.08, label="exp(-|x|) is normal")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)

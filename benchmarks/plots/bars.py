@@ -1,4 +1,4 @@
-"""Speed-up over eager torch, and memory, of named cases."""
+"""Speed-up over eager torch (longer is better) and memory (shorter is better) of named cases."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from harness.rows import Row
-from plots.style import CAPTION_STYLE, STYLES, caption
+from plots.style import CAPTION_STYLE, STYLES, WIDTH, caption
 
 # The rows of one case by contender
 Bars = dict[str, Row]
@@ -14,20 +14,20 @@ Bars = dict[str, Row]
 
 def plot_bars(rows: list[Row]) -> Figure:
     cases = make_cases(rows)
-    figure = Figure(figsize=(15, 2 + len(cases)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.7 + 0.75 * len(cases)), layout="constrained")
     speedups, peaks = figure.subplots(1, 2, sharey=True)
     draw(speedups, cases, speedup)
-    speedups.set_title("times as fast as eager torch: longer is better")
+    speedups.set_title("time of eager torch / time")
     speedups.axvline(1, color=STYLES["eager"]["color"])
     draw(peaks, cases, peak)
-    peaks.set_title("peak memory in multiples of the logits: shorter is better")
+    peaks.set_title("peak memory / logits")
     speedups.set_yticks(range(len(cases)), [case_text(bars) for bars in cases.values()])
     speedups.invert_yaxis()
     for axes in (speedups, peaks):
         axes.grid(alpha=0.3, axis="x")
-        axes.margins(x=0.1)
-    figure.legend(*legend(speedups, peaks), loc="outside right upper")
-    figure.suptitle(f"{rows[0].device_name}: {rows[0].mode}, reduction {rows[0].reduction}")
+        axes.margins(x=0.2)
+    handles, names = legend(speedups, peaks)
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names))
     figure.supxlabel(caption(rows), **CAPTION_STYLE)
     return figure
 
@@ -80,4 +80,4 @@ def draw(axes: Axes, cases: dict[tuple[str, int], Bars], measure: Callable) -> N
         lengths = [length for _, length in bars]
         color = STYLES[name]["color"]
         drawn = axes.barh(positions, lengths, height, color=color, label=name)
-        axes.bar_label(drawn, fmt="%.3g", padding=3, fontsize=8)
+        axes.bar_label(drawn, fmt="%.3g", padding=3, fontsize=9)

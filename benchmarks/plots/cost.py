@@ -4,7 +4,7 @@ from matplotlib.figure import Figure
 
 from harness.rows import Row
 from plots.ladder import group_name
-from plots.style import CAPTION_STYLE, caption
+from plots.style import CAPTION_STYLE, WIDTH, caption
 
 FLAT = 1.25  # times the cheapest
 
@@ -19,7 +19,7 @@ def plot_cost(rows: list[Row]) -> Figure:
         costs = groups.setdefault(group_name(row), {})
         cost = 1e9 * row.median_seconds / row.numel
         costs[row.numel] = min(cost, costs.get(row.numel, cost))
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 5), layout="constrained")
     axes = figure.subplots()
     for name, costs in groups.items():
         (line,) = axes.plot(list(costs), list(costs.values()), marker="o", label=name)
@@ -31,6 +31,6 @@ def plot_cost(rows: list[Row]) -> Figure:
     axes.set_ylabel("nanoseconds an element")
     axes.grid(alpha=0.3)
     axes.legend()
-    axes.set_title(f"{rows[0].device_name}: fused, and 25 % above the cheapest size")
+    axes.set_title("fused, and 25 % above the cheapest size")
     figure.supxlabel(caption(rows), **CAPTION_STYLE)
     return figure

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from cases.head import CHUNK_BYTES, LABELS, WORKLOADS
 from contenders.head import chunk_of_name
 from harness.rows import Row
-from plots.style import CAPTION_STYLE, STYLES, caption
+from plots.style import CAPTION_STYLE, STYLES, WIDTH, caption
 
 MIB = 2**20
 # What is drawn beside the ladders; the table calls it by the loss alone.
@@ -55,12 +55,12 @@ FIGURES = {LABELS: plot_labels, CHUNK_BYTES: plot_chunk_bytes}
 
 
 def make_figure(rows: list[Row], case: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 5.5), layout="constrained")
     axes = figure.subplots()
     axes.set_xscale("log", base=2)
     axes.grid(alpha=0.3)
     spec = WORKLOADS[rows[0].workload]
-    axes.set_title(f"{rows[0].device_name}: {spec.rows:,} rows, {spec.features} features, {case}")
+    axes.set_title(f"{spec.rows:,} rows, {spec.features} features, {case}")
     figure.supxlabel(caption(rows), **CAPTION_STYLE)
     return figure, axes
 

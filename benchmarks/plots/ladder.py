@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from harness.rows import Row
-from plots.style import CAPTION_STYLE, STYLES, caption
+from plots.style import CAPTION_STYLE, STYLES, WIDTH, caption
 
 # The rows of one contender by size
 Line = dict[int, Row]
@@ -24,21 +24,21 @@ def group_name(row: Row) -> str:
 
 def plot_ladder(rows: list[Row]) -> Figure:
     lines = make_lines(rows)
-    figure = Figure(figsize=(15, 5), layout="constrained")
-    times, speedups, multiples = figure.subplots(1, 3)
+    figure = Figure(figsize=(WIDTH, 11), layout="constrained")
+    times, speedups, multiples = figure.subplots(3, 1, sharex=True)
     plot_times(times, lines)
     plot_speedups(speedups, lines)
     plot_multiples(multiples, lines)
     for axes in (times, speedups, multiples):
         axes.set_xscale("log", base=2)
-        axes.set_xlabel("N, elements")
         axes.grid(alpha=0.3)
         axes.legend()
+    multiples.set_xlabel("N, elements")
     row = rows[0]
     targets = "" if row.target_dtype == row.dtype else f", {row.target_dtype} targets"
     weights = "" if row.weights == "none" else f", weights: {row.weights}"
     figure.suptitle(
-        f"{row.device_name}: {row.mode}, {row.dtype}{targets}, reduction {row.reduction}{weights}, "
+        f"{row.mode}, {row.dtype}{targets}, reduction {row.reduction}{weights}, "
         f"{row.bytes_per_element} bytes an element"
     )
     figure.supxlabel(caption(rows), **CAPTION_STYLE)

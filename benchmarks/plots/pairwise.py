@@ -7,14 +7,14 @@ from matplotlib.figure import Figure
 
 from cases.pairwise import BATCH, WORKLOADS
 from harness.rows import Row
-from plots.style import CAPTION_STYLE, STYLES, caption
+from plots.style import CAPTION_STYLE, STYLES, WIDTH, caption
 
 MIB = 2**20
 
 
 def plot_batch(rows: list[Row]) -> Figure:
-    figure = Figure(figsize=(15, 6), layout="constrained")
-    peaks, times = figure.subplots(1, 2)
+    figure = Figure(figsize=(WIDTH, 9), layout="constrained")
+    peaks, times = figure.subplots(2, 1, sharex=True)
     draw(peaks, rows, lambda row: row.peak_bytes and row.peak_bytes / MIB)
     logits = {batch_of(row): row.logits_bytes / MIB for row in rows}
     # On top of a contender that holds as much
@@ -25,11 +25,11 @@ def plot_batch(rows: list[Row]) -> Figure:
     for axes in (peaks, times):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_xlabel("N, images and texts of a batch")
         axes.grid(alpha=0.3)
         axes.legend()
+    times.set_xlabel("N, images and texts of a batch")
     features = WORKLOADS[rows[0].workload].features
-    figure.suptitle(f"{rows[0].device_name}: N x N pairs, {features} features, {rows[0].dtype}")
+    figure.suptitle(f"N x N pairs, {features} features, {rows[0].dtype}")
     figure.supxlabel(caption(rows), **CAPTION_STYLE)
     return figure
 

@@ -1,4 +1,4 @@
-"""What the figures have in common: the look of a contender, and the caption."""
+"""What the figures have in common: their width, the look of a contender, and the caption."""
 
 import textwrap
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def caption(rows: Sequence[Facts]) -> str:
     if any(isinstance(row, Row) and row.is_disturbed for row in rows):
         facts.append("Other work disturbed some of these times: see other_load in the CSV file.")
     unique = dict.fromkeys([*facts, *(row.command for row in rows)])
-    return "\n".join(textwrap.fill(text, 150) for text in unique)
+    return "\n".join(textwrap.fill(text, 105) for text in unique)
 
 
 def machine_text(row: Facts) -> str:
@@ -45,3 +45,7 @@ def machine_text(row: Facts) -> str:
 
 
 CAPTION_STYLE = {"fontsize": 7, "color": "dimgray", "family": "monospace"}
+# In inches, that of a page of the site: there texts have their sizes in points.
+WIDTH = 7.6
+DPI = 200
+SIZES = {"font.size": 10, "axes.titlesize": 10, "figure.titlesize": 10, "legend.fontsize": 9}
