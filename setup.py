@@ -120,6 +120,8 @@ def check_cuda_toolchain() -> None:
 
 def default_cuda_archs() -> str:
     nvcc = Path(cpp_extension.CUDA_HOME, "bin", "nvcc")
+    if not nvcc.exists():
+        sys.exit(f"There is no CUDA toolkit in {cpp_extension.CUDA_HOME}, CUDA_HOME: no bin/nvcc.")
     done = subprocess.run([nvcc, "--list-gpu-code"], stdout=subprocess.PIPE, text=True, check=True)
     known = done.stdout.split()
     others = [arch for code, arch in CUDA_ARCHS_OF_SOME_NVCC.items() if code in known]

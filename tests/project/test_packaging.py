@@ -56,11 +56,19 @@ def test_an_sdist_has_every_file(sdist):
     assert {f"{SDIST}/{name}" for name in listing.splitlines()} <= {*sdist.getnames()}
 
 
+def test_a_folder_without_nvcc_is_no_toolkit(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/absent")
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert "no CUDA toolkit in /absent" in run_setup(FORCE_CUDA="1")
+
+
 def test_the_tag_names_cuda(monkeypatch):
     """As the tags of others do, its release without the dot; no compiler is needed to say so."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/absent")
-    monkeypatch.setenv("FORCE_CUDA", "1")
-    monkeypatch.setenv("TAG_VERSION", "1")
-    version = run_setup(FORCE_CUDA="1")["version"]()
+    environment = {"FORCE_CUDA": "1", "TAG_VERSION": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)  # version() is called after run_setup has put it back
+    version = run_setup(**environment)["version"]()
     assert version == f"{fused_bce.__version__}+pt{MINOR.replace('.', '')}cu130"
