@@ -75,3 +75,17 @@ def check_range(name: str, lowest: int, highest: int, size: int) -> None:
 
 def describe(t: object) -> str:
     return f"of {t.dtype} and shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+
+
+def autocast_casts(*operands: Tensor) -> bool:
+    device = operands[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return False
+    return all(t.is_floating_point() and t.dtype is not torch.float64 for t in operands)
+
+
+def logits_dtype(input: Tensor, linear_weight: Tensor) -> torch.dtype:
+    """That of the operands, or autocast's, as a layer's: float64 stays what it is."""
+    if autocast_casts(input, linear_weight):
+        return torch.get_autocast_dtype(input.device.type)
+    return input.dtype

@@ -4,12 +4,20 @@ import contextlib
 import math
 import operator
 import sys
+from collections.abc import Sequence
 from numbers import Real
 
 import torch
 from torch import Tensor
 
-from fused_bce.arguments import as_integer, check_tensor, is_fake, is_traced_by_proxies
+from fused_bce.arguments import (
+    as_integer,
+    autocast_casts,
+    check_tensor,
+    describe,
+    is_fake,
+    is_traced_by_proxies,
+)
 from fused_bce.dtypes import FLOATS
 from fused_bce.linear_call import LinearCall
 from fused_bce.registrations import constant_in_graphs
@@ -52,6 +60,16 @@ def check_chunk_bytes(chunk_bytes: int | None) -> int | None:
     if not 1 <= chunk_bytes < 2**63:
         raise ValueError(f"chunk_bytes must be positive and less than 2**63, not {chunk_bytes}")
     return chunk_bytes
+
+
+def check_parts(parts: int, num_labels: int) -> int:
+    """The same as an int of Python."""
+    parts = as_integer("parts", parts)
+    if not 1 <= parts <= max(num_labels, 1):
+        raise ValueError(
+            f"parts must lie between 1 and the number of labels, {num_labels}, not be {parts}"
+        )
+    return parts
 
 
 def check_options(label_smoothing: float, ignore_index: object) -> int | float | None:
@@ -131,31 +149,33 @@ def _holds(dtype: torch.dtype, value: int) -> bool:
 def check_linear_operands(call: LinearCall) -> None:
     """Raises what a linear layer and the loss of its logits raise, whoever computes them, but for
     the numbers of a target."""
-    input, linear_weight, linear_bias, target, weight, pos_weight, *_ = call
-    weights = {"weight": weight, "pos_weight": pos_weight}
-    _check_types(
-        target, input=input, linear_weight=linear_weight, linear_bias=linear_bias, **weights
-    )
-    if torch.jit.is_tracing():
-        return  # which would make constants of the answers, and warn
-    _check_layer(input, linear_weight, linear_bias)
-    _check_sizes(input.shape[:-1], linear_weight.shape[0], target, weights)
-
-
-def check_layer(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
-    """Raises what a linear layer raises, whoever computes it."""
-    for name, t in (("input", input), ("linear_weight", linear_weight)):
-        check_tensor(name, t)
-    if linear_bias is not None:
-        check_tensor("linear_bias", linear_bias)
+    weights = {"weight": call.weight, "pos_weight": call.pos_weight}
+    check_layer(call)
+    _check_types(call.target, **weights)
     if not torch.jit.is_tracing():
-        _check_layer(input, linear_weight, linear_bias)
+        _check_sizes(call.input.shape[:-1], call.num_labels, call.target, weights)
 
 
-def _check_layer(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
-    if linear_weight.dim() != 2:
-        raise RuntimeError(f"linear_weight must be of shape (C, F), not {_size(linear_weight)}")
-    num_labels, features = linear_weight.shape
+def check_layer(call: LinearCall) -> None:
+    """The same for the input and the layer alone."""
+    check_tensor("input", call.input)
+    weight = call.linear_weight
+    in_parts = isinstance(weight, list | tuple) and len(weight) > 0
+    if not all(isinstance(part, Tensor) for part in (weight if in_parts else [weight])):
+        raise TypeError(f"linear_weight must be a tensor, not {describe(weight)}")
+    if call.linear_bias is not None:
+        check_tensor("linear_bias", call.linear_bias)
+    if not torch.jit.is_tracing():  # which would make constants of the answers, and warn
+        _check_layer(call.input, call.parts, call.linear_bias)
+
+
+def _check_layer(input: Tensor, parts: Sequence[Tensor], linear_bias: Tensor | None) -> None:
+    for part in parts:
+        if part.dim() != 2 or part.shape[1] != parts[0].shape[1]:
+            raise RuntimeError(
+                f"linear_weight must be of shape (C, F), in parts or whole, not {_size(part)}"
+            )
+    num_labels, features = sum(part.shape[0] for part in parts), parts[0].shape[1]
     if input.dim() == 0 or input.shape[-1] != features:
         raise RuntimeError(
             f"input must be of shape (*, {features}), as linear_weight has it, not {_size(input)}"
@@ -165,7 +185,7 @@ def _check_layer(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | Non
             f"linear_bias must be of shape ({num_labels},), not {_size(linear_bias)}"
         )
     check_floats("input", input)
-    for name, t in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+    for name, t in (*(("linear_weight", part) for part in parts), ("linear_bias", linear_bias)):
         if t is not None and t.dtype is not input.dtype and not autocast_casts(input, t):
             raise RuntimeError(f"input has dtype {input.dtype} but {name} {t.dtype}")
 
@@ -258,20 +278,6 @@ def check_floats(name: str, t: Tensor) -> None:
         raise NotImplementedError(
             f"{name} must be float16, bfloat16, float32 or float64, not {t.dtype}"
         )
-
-
-def autocast_casts(*operands: Tensor) -> bool:
-    device = operands[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return False
-    return all(t.is_floating_point() and t.dtype is not torch.float64 for t in operands)
-
-
-def logits_dtype(input: Tensor, linear_weight: Tensor) -> torch.dtype:
-    """That of the operands, or autocast's, as a layer's: float64 stays what it is."""
-    if autocast_casts(input, linear_weight):
-        return torch.get_autocast_dtype(input.device.type)
-    return input.dtype
 
 
 def check_k(k: int, num_labels: int) -> int:

@@ -3,6 +3,7 @@
 import functools
 import logging
 import sys
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -75,7 +76,7 @@ def why_not_fused(
     ignore_index: int | float | None = None,
     validate_targets: bool = False,
     recompute: bool = False,
-    linear_weight: Tensor | None = None,
+    linear_weight: Tensor | Sequence[Tensor] | None = None,
     linear_bias: Tensor | None = None,
     chunk_bytes: int | None = None,
 ) -> str | None:
@@ -102,8 +103,8 @@ def why_not_fused(
     try:
         target = as_sparse(target)
         if linear_weight is not None:
-            if legacy or recompute:
-                raise TypeError("with linear_weight go no size_average, reduce and recompute")
+            if legacy:
+                raise TypeError("with linear_weight go no size_average and reduce")
             check_reduction_to_scalar(reduction)
             check_chunk_bytes(chunk_bytes)
             call = LinearCall(input, linear_weight, linear_bias, target, weight, pos_weight)
@@ -220,31 +221,30 @@ def _transformed() -> bool:
 
 def why_not_linear(call: LinearCall) -> str | None:
     """The same for a linear layer and the loss of its logits."""
-    input, linear_weight, linear_bias, target, weight, pos_weight, *_ = call
+    target = call.target
+    of_target: list[tuple[str, Tensor | None]]
     if isinstance(target, SparseTarget):
         of_target = [(name, getattr(target, name)) for name in ("indices", "offsets", "values")]
     else:
         of_target = [("target", target)]
-    constants = [*of_target, ("weight", weight), ("pos_weight", pos_weight)]
-    reason = why_not_layer(input, linear_weight, linear_bias, *constants)
-    return reason if reason is not None else _why_not_constant(constants)
+    constants = [*of_target, ("weight", call.weight), ("pos_weight", call.pos_weight)]
+    bias = ("linear_bias", call.linear_bias)
+    for part in call.parts:
+        layer = [("input", call.input), ("linear_weight", part)]
+        reason = _why_not_operands([*layer, bias, *constants], layer)
+        if reason is not None:
+            return reason
+    return _why_not_constant(constants)
 
 
-def why_not_layer(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    *others: tuple[str, Tensor | None],
-) -> str | None:
-    """The same for a linear layer, and for other operands of its loss."""
-    layer = [("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias)]
-    reason = _why_not_here(*(tensor for _, tensor in (*layer, *others)))
+def _why_not_operands(operands, layer) -> str | None:
+    reason = _why_not_here(*(tensor for _, tensor in operands))
     if reason is not None:
         return reason
     compiling = torch.compiler.is_compiling()
-    for name, tensor in (*layer, *others):
+    for name, tensor in operands:
         if tensor is not None:
-            reason = _why_not_ordinary(name, tensor, input, layer[:2], compiling)
+            reason = _why_not_ordinary(name, tensor, layer[0][1], layer, compiling)
             if reason is not None:
                 return reason
     return None

@@ -1,12 +1,11 @@
 """A linear layer and the loss of its logits, which never exist as a whole: function and module."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Proxy
-from torch.nn.modules.module import _global_forward_hooks
 
 from fused_bce.checks import (
     check_chunk_bytes,
@@ -14,6 +13,7 @@ from fused_bce.checks import (
     check_linear_operands,
     check_logits,
     check_options,
+    check_parts,
     check_reduction_to_scalar,
     check_target_values,
 )
@@ -21,6 +21,12 @@ from fused_bce.coverage import log_once
 from fused_bce.cross_entropy import BINARY_CROSS_ENTROPY
 from fused_bce.extras import Extras
 from fused_bce.linear_call import LinearCall, flatten_weight
+from fused_bce.linear_layers import (
+    LinearInParts,
+    LinearWithLoss,
+    check_linear_layer,
+    why_not_computed_by,
+)
 from fused_bce.linear_operator import compute_from_logits, evaluate_linear
 from fused_bce.linear_topk import find_topk, topk_of_logits
 from fused_bce.pointwise import evaluate
@@ -30,7 +36,7 @@ from fused_bce.sparse import SparseTarget, as_sparse
 
 def linear_binary_cross_entropy_with_logits(
     input: Tensor,
-    linear_weight: Tensor,
+    linear_weight: Tensor | Sequence[Tensor],
     target: Tensor | SparseTarget,
     *,
     linear_bias: Tensor | None = None,
@@ -41,6 +47,7 @@ def linear_binary_cross_entropy_with_logits(
     ignore_index: int | float | None = None,
     validate_targets: bool = False,
     chunk_bytes: int | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """A linear layer and :func:`binary_cross_entropy_with_logits` of its logits, block of labels by
     block: neither the logits nor their gradient nor a matrix of targets are ever in memory.
@@ -51,7 +58,9 @@ def linear_binary_cross_entropy_with_logits(
 
     Args:
         input: (N, F), (F,) or (\\*, F), float16, bfloat16, float32 or float64.
-        linear_weight: (C, F), of the same dtype but under autocast.
+        linear_weight: (C, F), of the same dtype but under autocast; or a list of parts of it,
+            blocks of labels in order. Then backward computes the gradient of one part, has it
+            accumulated and its hooks run, and goes on to the next.
         target: :class:`fused_bce.SparseTarget` of N rows, or a sparse tensor (N, C) (COO, CSR); or
             a dense one of the shape of the logits; in any dtype that
             :func:`binary_cross_entropy_with_logits` takes.
@@ -67,6 +76,8 @@ def linear_binary_cross_entropy_with_logits(
             missing. See :func:`binary_cross_entropy_with_logits`.
         validate_targets: raises for targets outside [0, 1].
         chunk_bytes: most bytes of a block of logits; None: by device, 4 MiB on the CPU.
+        recompute: computes the gradients in backward, for which it computes the logits once more.
+            With parts they always are.
 
     Returns:
         One number, that of the loss of whole logits rounded to the dtype of the layer; float32, or
@@ -111,51 +122,11 @@ def linear_binary_cross_entropy_with_logits(
         reduction,
         label_smoothing,
         chunk_bytes=check_chunk_bytes(chunk_bytes),
+        recompute=recompute,
     )
     check_linear_operands(call)
     index = check_target_values(call.target, ignore_index, validate_targets)
     return evaluate_linear(call if index is None else call._replace(ignore_index=index))
-
-
-class _Linear(torch.nn.Linear):
-    """A linear layer whose forward is also the loss of its logits: what hooks the forward of the
-    module that owns a weight, to bring it from elsewhere for example, then sees it."""
-
-    def forward(self, input: Tensor, target: Any = None, loss: Callable | None = None) -> Tensor:
-        if loss is None:
-            return super().forward(input)
-        return loss(input, self.weight, target, linear_bias=self.bias)
-
-
-# Whose wrappers pass on calls, and whose hooks move tensors or look at them, but compute nothing
-_WRAPPERS = ("torch.distributed.", "torch.nn.parallel.distributed.", "torch._dynamo.")
-_HOOKS = ("torch.distributed.", "torch.utils.", "accelerate.", "deepspeed.")
-
-
-def _why_not_computed_by(layer: torch.nn.Module) -> str | None:
-    """Why the forward of this layer must return the logits, instead of their loss; None if it need
-    not."""
-    while not isinstance(layer, _Linear) and _is_from(_WRAPPERS, type(layer)):
-        (layer,) = layer.children()
-    if getattr(type(layer), "forward", None) is not _Linear.forward:
-        return f"the layer of the head is a {type(layer).__name__}"
-    # They expect logits, or the gradient of logits.
-    hooks = [
-        *layer._forward_hooks.values(),
-        *layer._backward_hooks.values(),
-        *layer._backward_pre_hooks.values(),
-        *_global_forward_hooks.values(),
-    ]
-    if not all(_is_from(_HOOKS, hook) for hook in hooks):
-        return "the layer of the head has hooks"
-    if "forward" in layer.__dict__ and not _is_from(_HOOKS, layer.forward):
-        return "the forward of the head's layer was replaced"
-    return None
-
-
-def _is_from(packages: tuple[str, ...], function: Any) -> bool:
-    module = getattr(getattr(function, "func", function), "__module__", None)  # of a partial
-    return f"{module}.".startswith(packages)
 
 
 def _loss_of_logits(
@@ -200,7 +171,11 @@ class LinearBCEWithLogitsLoss(torch.nn.Module):
         device, dtype: of the layer's parameters.
         weight, pos_weight: one number or (C,), as buffers, or None.
         reduction: ``"mean"``, ``"batchmean"`` or ``"sum"``.
-        label_smoothing, ignore_index, validate_targets, chunk_bytes: see the function.
+        label_smoothing, ignore_index, validate_targets, chunk_bytes, recompute: see the function.
+        parts: how many parameters the weight is, blocks of labels of nearly equal size. With an
+            optimizer for each, that steps in ``register_post_accumulate_grad_hook``, the gradient
+            of the whole weight never exists. Any head loads the state_dict of any other, whatever
+            their parts.
 
     Attributes:
         linear: the layer; ``head.linear(input)`` are the logits, for prediction. Another module may
@@ -240,6 +215,8 @@ class LinearBCEWithLogitsLoss(torch.nn.Module):
         ignore_index: int | float | None = None,
         validate_targets: bool = False,
         chunk_bytes: int | None = None,
+        recompute: bool = False,
+        parts: int = 1,
     ):
         super().__init__()
         check_reduction_to_scalar(reduction)
@@ -248,7 +225,14 @@ class LinearBCEWithLogitsLoss(torch.nn.Module):
         self.ignore_index = check_options(label_smoothing, ignore_index)
         self.validate_targets = validate_targets
         self.chunk_bytes = check_chunk_bytes(chunk_bytes)
-        self.linear = _Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+        self.recompute = recompute
+        size = in_features, num_classes
+        like: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        self.linear: Any
+        if check_parts(parts, num_classes) == 1:
+            self.linear = LinearWithLoss(*size, **like)
+        else:
+            self.linear = LinearInParts(*size, parts, **like)
         self.register_buffer("weight", weight)
         self.register_buffer("pos_weight", pos_weight)
 
@@ -261,8 +245,8 @@ class LinearBCEWithLogitsLoss(torch.nn.Module):
             options: those of the constructor beyond ``dtype``.
 
         Raises:
-            TypeError: for another layer, and for one whose weight is no parameter (pruned, or with
-                a parametrization): set ``head.linear`` to that.
+            TypeError: for another layer, for a quantized one, and for one whose weight is no
+                parameter (pruned, or with a parametrization): set ``head.linear`` to that.
 
         Example:
             >>> import torch
@@ -272,15 +256,14 @@ class LinearBCEWithLogitsLoss(torch.nn.Module):
             >>> head.linear.weight is layer.weight
             True
         """
-        if not isinstance(layer, torch.nn.Linear):
-            raise TypeError(f"layer must be a torch.nn.Linear, not {type(layer).__name__}")
+        check_linear_layer(layer)
         bias = layer.bias is not None
         head = cls(layer.in_features, layer.out_features, bias=bias, device="meta", **options)
-        head.linear.weight, head.linear.bias = layer.weight, layer.bias
+        head.linear.share(layer)
         return head
 
     def forward(self, input: Tensor, target: Tensor | SparseTarget) -> Tensor:
-        reason = _why_not_computed_by(self.linear)
+        reason = why_not_computed_by(self.linear)
         if reason is None:
             # By name: the hooks of tensor parallelism pass on the first argument and these.
             return self.linear(input, target=target, loss=self._loss)
@@ -315,7 +298,7 @@ class LinearBCEWithLogitsLoss(torch.nn.Module):
             >>> labels.shape
             torch.Size([2, 5])
         """
-        reason = _why_not_computed_by(self.linear)
+        reason = why_not_computed_by(self.linear)
         if reason is not None:
             if not torch.compiler.is_compiling():
                 log_once(reason)
@@ -340,7 +323,11 @@ class LinearBCEWithLogitsLoss(torch.nn.Module):
 
     def _loss(self, *operands, linear_bias: Tensor | None) -> Tensor:
         return linear_binary_cross_entropy_with_logits(
-            *operands, linear_bias=linear_bias, chunk_bytes=self.chunk_bytes, **self._options()
+            *operands,
+            linear_bias=linear_bias,
+            chunk_bytes=self.chunk_bytes,
+            recompute=self.recompute,
+            **self._options(),
         )
 
     def _options(self) -> dict[str, Any]:
@@ -348,6 +335,6 @@ class LinearBCEWithLogitsLoss(torch.nn.Module):
         return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
-        defaults = _DEFAULTS | {"chunk_bytes": None}
+        defaults = _DEFAULTS | {"chunk_bytes": None, "recompute": False}
         given = [n for n, default in defaults.items() if getattr(self, n) != default]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in ["reduction", *given])

@@ -1,11 +1,13 @@
 """The arguments of a linear layer and the loss of its logits."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fused_bce.arguments import logits_dtype
 from fused_bce.sparse import SparseTarget
 
 
@@ -13,9 +15,9 @@ class LinearCall(NamedTuple):
     """See :func:`fused_bce.functional.linear_binary_cross_entropy_with_logits`."""
 
     input: Tensor
-    linear_weight: Tensor
+    linear_weight: Tensor | Sequence[Tensor]  # or parts of it, blocks of labels in order
     linear_bias: Tensor | None
-    target: Tensor | SparseTarget
+    target: Any  # a tensor or a SparseTarget; None where there is no loss
     weight: Tensor | None = None
     pos_weight: Tensor | None = None
     reduction: str = "mean"
@@ -23,6 +25,16 @@ class LinearCall(NamedTuple):
     ignore_index: int | float | None = None
     chunk_bytes: int | None = None
     dtype: torch.dtype | None = None  # of the logits, if not that of the layer
+    recompute: bool = False
+
+    @property
+    def parts(self) -> Sequence[Tensor]:
+        weight = self.linear_weight
+        return [weight] if isinstance(weight, Tensor) else weight
+
+    @property
+    def num_labels(self) -> int:
+        return sum(part.shape[0] for part in self.parts)
 
     @property
     def rows(self) -> Tensor:
@@ -33,7 +45,7 @@ class LinearCall(NamedTuple):
         """With the input (N, F), the target (N, C), and weights of rows (N, 1)."""
         rows, target = self.rows.flatten(0, -2), self.target
         if isinstance(target, Tensor):
-            target = target.reshape(rows.shape[0], self.linear_weight.shape[0])
+            target = target.reshape(rows.shape[0], self.num_labels)
         leading = self.input.shape[:-1]
         return self._replace(
             input=rows,
@@ -41,6 +53,45 @@ class LinearCall(NamedTuple):
             weight=flatten_weight(self.weight, leading),
             pos_weight=flatten_weight(self.pos_weight, leading),
         )
+
+    def in_parts(self) -> "Iterator[LinearCall]":
+        """A call for each part of the weight, with its labels; flattened. The gradients of the
+        input, which autograd adds up, are in float32 or float64, so that they are rounded once."""
+        call = self.flattened()
+        wide = torch.promote_types(call.input.dtype, torch.float32)
+        if wide != call.input.dtype:
+            dtype = call.dtype or logits_dtype(call.input, self.parts[0])
+            call = call._replace(input=call.input.to(wide), dtype=dtype)
+        sizes = [part.shape[0] for part in self.parts]
+        biases: Sequence[Tensor | None] = [None] * len(sizes)
+        if call.linear_bias is not None:
+            biases = call.linear_bias.split(sizes)
+        begin = 0
+        for part, size, bias in zip(self.parts, sizes, biases, strict=True):
+            yield call._replace(
+                linear_weight=part,
+                linear_bias=bias,
+                target=_take_labels(call.target, begin, size),
+                weight=_take_weights(call.weight, begin, size),
+                pos_weight=_take_weights(call.pos_weight, begin, size),
+                recompute=True,
+            )
+            begin += size
+
+
+def _take_labels(target, begin: int, size: int) -> Tensor | SparseTarget | None:
+    if target is None:
+        return None
+    if isinstance(target, Tensor):
+        return target.narrow(1, begin, size)
+    # The operator passes over labels out of range.
+    return target._replace(indices=target.indices - begin, num_labels=size)
+
+
+def _take_weights(weight: Tensor | None, begin: int, size: int) -> Tensor | None:
+    if weight is None or weight.dim() == 0 or weight.shape[-1] == 1:
+        return weight
+    return weight.narrow(-1, begin, size)
 
 
 def flatten_weight(weight: Tensor | None, leading: torch.Size) -> Tensor | None:

@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from fused_bce.arguments import check_tensor
+from fused_bce.arguments import autocast_casts, check_tensor, logits_dtype
 from fused_bce.checks import (
-    autocast_casts,
     check_chunk_bytes,
     check_floats,
     check_reduction_to_scalar,
     check_targets,
-    logits_dtype,
 )
 from fused_bce.linear_call import LinearCall
 from fused_bce.linear_operator import evaluate_linear

@@ -1,7 +1,7 @@
 """The linear head on the shards of DTensors: neither the weight nor logits nor labels travel."""
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +10,8 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.nn.functional import pad
 
 from fused_bce.linear_call import LinearCall
-from fused_bce.linear_operator import compute_loss, operator_arguments
-from fused_bce.registrations import ops, whole
-from fused_bce.scalars import index_or_nan, scalar_operand
+from fused_bce.linear_operator import compute_loss, count_elements, operator_arguments
+from fused_bce.registrations import ops
 from fused_bce.sparse import SparseTarget
 
 
@@ -22,15 +21,15 @@ def loss_of_shards(call: LinearCall, divisor: Tensor | None) -> DTensor:
     Along each dimension of the mesh the labels are sharded if the weight is, else the rows if the
     input is, else nothing.
     """
-    call = call.flattened()
-    input, target = call.input, call.target
-    shards = _Shards(input, call.linear_weight)
     if divisor is None and call.reduction == "mean":
-        divisor = shards.count(target, call.ignore_index)
+        divisor = count_elements(call)
+    call = call.flattened()
+    input, (linear_weight,), target = call.input, call.parts, call.target
+    shards = _Shards(input, linear_weight)
     bias = call.linear_bias
     of_this_process = call._replace(
         input=shards.of(input, rows=0),
-        linear_weight=shards.of(call.linear_weight, labels=0),
+        linear_weight=shards.of(linear_weight, labels=0),
         linear_bias=None if bias is None else shards.of(bias, labels=0),
         target=shards.of_target(target),
         weight=shards.of_weight(call.weight),
@@ -152,14 +151,3 @@ class _Shards:
         return DTensor.from_local(
             t, self.mesh, placements, run_check=False, shape=shape, stride=stride
         )
-
-    def count(self, target: Tensor | SparseTarget, ignored: int | float | None) -> Tensor:
-        """What mean divides by: for each process the same."""
-        if isinstance(target, SparseTarget) or ignored is None:
-            elements = self.shape[0] * self.shape[1]
-            # Of nothing it is nan, as a divisor of 0 would count as 1.
-            beside = target.offsets if isinstance(target, SparseTarget) else target
-            return scalar_operand(elements if elements != 0 else math.nan, beside)
-        target = self.distributed(target).detach()
-        kept = ops._count_unignored(target, *index_or_nan(ignored))
-        return cast(DTensor, whole(kept)).to_local()

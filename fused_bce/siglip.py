@@ -9,8 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.fx import Proxy
 
-from fused_bce.arguments import as_integer
-from fused_bce.checks import logits_dtype
+from fused_bce.arguments import as_integer, logits_dtype
 from fused_bce.coverage import are_shards
 from fused_bce.linear_operator import divisor_of, operator_arguments
 from fused_bce.pairwise import (

@@ -182,6 +182,17 @@ def test_one_process_of_pairs(tmp_path):
 
 
 @pytest.mark.large
+def test_parts(tmp_path):
+    path = tmp_path / "parts.csv"
+    run_script("parts.py", "--sizes", "4x8x500000", "--repeats", 1, "--output", path)
+    rows = read_rows(path)
+    assert [row.contender for row in rows] == ["parts", "whole", "eager"] * 2
+    weight = 4 * 8 * 500_000
+    # A block of logits beside the gradient of the whole, or of a part
+    assert all(row.peak_bytes >= weight for row in rows if row.contender != "parts")
+    assert all(row.peak_bytes < weight / 2 for row in rows if row.contender == "parts")
+
+
 def test_processes_of_pairs(tmp_path):
     """The script itself compares the losses and the gradients of the contenders."""
     path = tmp_path / "results.csv"

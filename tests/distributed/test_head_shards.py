@@ -340,6 +340,32 @@ def check_colwise_parallel():
     check_trained_as_alone(model, lambda x, labels: loss_of_share(model, x, labels, slice(None)))
 
 
+def check_parts():
+    """Each process has labels of every part; or rows."""
+    for mesh, size in itertools.product(meshes(), SIZES):
+        for layout, reduction in zip(layouts_of(mesh), itertools.cycle(REDUCTIONS)):
+            for target, dense, options in draw_targets(mesh, size, [Replicate()] * mesh.ndim):
+                options = options | {"reduction": reduction}
+                x, w, b = (t.requires_grad_() for t in draw_parameters(size))
+                by_layer_and_loss(x, w, b, dense, **options).backward()
+                sharded = [
+                    distribute_tensor(t.detach(), mesh, placements).requires_grad_()
+                    for t, placements in zip(
+                        (x, *w.split([2, size[1] - 2])),
+                        (layout[0], layout[1], layout[1]),
+                        strict=True,
+                    )
+                ]
+                bias = distribute_tensor(b.detach(), mesh, [Replicate()] * mesh.ndim)
+                loss = head(sharded[0], sharded[1:], target, linear_bias=bias, **options)
+                loss.backward()
+                exact = by_layer_and_loss(x, w, b, dense, **options)
+                assert_double_close(loss.full_tensor(), exact.detach())
+                assert_double_close(sharded[0].grad.full_tensor(), x.grad)
+                grads = torch.cat([part.grad.full_tensor() for part in sharded[1:]])
+                assert_double_close(grads, w.grad)
+
+
 def check_topk():
     """Whole numbers, so that labels tie; k is more than some shards have."""
     for mesh, size in itertools.product(meshes(), SIZES):
@@ -401,6 +427,7 @@ def check_head():
     check_data_parallel()
     check_tensor_parallel()
     check_colwise_parallel()
+    check_parts()
     check_topk()
     check_topk_of_modules()
     if dist.get_world_size() == 2:

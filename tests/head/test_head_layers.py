@@ -3,6 +3,7 @@ then returns, against torch in float64."""
 
 import functools
 import logging
+import re
 
 import pytest
 import torch
@@ -315,10 +316,51 @@ def test_from_linear():
     torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
     without = LinearBCEWithLogitsLoss.from_linear(nn.Linear(3, 4, bias=False))
     assert [name for name, _ in without.named_parameters()] == ["linear.weight"]
-    with pytest.raises(TypeError, match=r"layer must be a torch.nn.Linear, not Embedding"):
-        LinearBCEWithLogitsLoss.from_linear(nn.Embedding(3, 4))
     with pytest.raises(TypeError, match="parameter"):
         LinearBCEWithLogitsLoss.from_linear(prune.l1_unstructured(layer, "weight", 0.5))
+
+
+def quantized_by_torch():
+    return torch.ao.nn.quantized.dynamic.Linear(FEATURES, LABELS)
+
+
+def with_weight(weight):
+    layer = nn.Linear(FEATURES, LABELS)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+NOT_SHARED = {
+    "embedding": (
+        lambda: nn.Embedding(3, 4),
+        "not torch.nn.modules.sparse.Embedding; set head.lin",
+    ),
+    "quantized": (quantized_by_torch, "not torch.ao.nn.quantized.dynamic.modules.linear.Linear"),
+    "own forward": (
+        lambda: Doubled(FEATURES, LABELS),
+        "Doubled computes its logits in its own way",
+    ),
+    "int8": (
+        lambda: with_weight(torch.zeros(LABELS, FEATURES, dtype=torch.int8)),
+        "its weight is of torch.int8, as that of a quantized layer",
+    ),
+    "subclass": (
+        lambda: with_weight(torch.zeros(LABELS, FEATURES).as_subclass(DoubledWeight)),
+        "its weight is a DoubledWeight, as that of a quantized layer, so a head cannot share it: "
+        "set head.linear to the layer instead",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, .* are deprecated")
+@pytest.mark.parametrize("case", NOT_SHARED)
+def test_from_linear_refuses(case):
+    make, message = NOT_SHARED[case]
+    if case == "quantized" and not torch.backends.quantized.supported_engines:
+        pytest.skip("this torch has no quantized kernels")
+    with pytest.raises(TypeError, match=re.escape(message)):
+        LinearBCEWithLogitsLoss.from_linear(make())
 
 
 def test_single_rows_and_leading_dimensions():
