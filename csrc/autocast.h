@@ -19,8 +19,8 @@ at::Tensor autocast(const Operands& operands) {
   return call_loss<Loss>(widened);
 }
 
-// A linear layer runs in the dtype of autocast unless it is of float64. Which blocks of the weight
-// are cast, and when, is the operator's affair.
+// A linear layer runs in the dtype of autocast unless it is of float64. The operator casts the
+// weight block by block.
 template <c10::DeviceType device>
 at::Tensor linear_autocast(const LinearOperands& operands) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(

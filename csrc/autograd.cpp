@@ -20,8 +20,8 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 // Whether the gradient is computed in the forward pass and kept for backward. Not in float16, where
-// it would underflow before the loss scale arrives in backward; nor under saved-tensor hooks, which
-// do not see it: whoever drops or moves what is saved (checkpoint, save_on_cpu) wants it nowhere.
+// it would underflow before the loss scale arrives in backward; nor under saved-tensor hooks,
+// which do not see it: checkpoint and save_on_cpu are there to drop or move what is saved.
 bool stores_grad(const Tensor& logits, bool recompute) {
   return logits.requires_grad() && logits.scalar_type() != at::kHalf && !recompute &&
          !at::SavedTensorDefaultHooks::get_hooks();

@@ -83,7 +83,7 @@ inline bool is_integer(at::ScalarType type) {
   return at::isIntegralType(type, /*includeBool=*/true);
 }
 
-// If nobody asks for another, that of the target for cross entropy, as torch's loss has it; for
+// Unless another is asked for, that of the target for cross entropy, as torch's loss has it; for
 // other losses the wider one of both, as torchvision's focal loss does. Integers have no say.
 inline at::ScalarType dtype_of_loss(const Operands& o) {
   if (o.dtype) return *o.dtype;

@@ -147,8 +147,8 @@ def _holds(dtype: torch.dtype, value: int) -> bool:
 
 
 def check_linear_operands(call: LinearCall) -> None:
-    """Raises what a linear layer and the loss of its logits raise, whoever computes them, but for
-    the numbers of a target."""
+    """Raises what a linear layer and the loss of its logits raise, by whatever they are computed,
+    except for the values of a target."""
     weights = {"weight": call.weight, "pos_weight": call.pos_weight}
     check_layer(call)
     _check_types(call.target, **weights)

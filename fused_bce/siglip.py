@@ -1,4 +1,4 @@
-"""SigLIP's loss as a module with open_clip's face, over the processes of a training run."""
+"""SigLIP's loss as a module with open_clip's interface, over the processes of a training run."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -55,7 +55,8 @@ class LargeBlockAllocator final : public c10::Allocator {
  private:
   static void free_block(void* context);
 
-  // Nobody waits for the lock: a fork may have copied it locked, by a thread that it did not copy.
+  // The lock is tried, not waited for: a fork may have copied it locked, but not the thread that
+  // holds it.
 
   // A kept block of about this size, or none.
   Block take(size_t bytes) {

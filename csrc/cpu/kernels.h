@@ -123,7 +123,7 @@ RunTile<Formula, T, L, S> choose_pass(const Problem& p) {
   return choose_weights<Pass::kGrad, Formula, T, L, S>(p);
 }
 
-// One stored number as a T: what has no road through vectors.
+// One stored number as a T: dtypes that are not converted by vectors.
 template <class T>
 T number(Boolean stored) {
   return stored.byte != 0;

@@ -1,5 +1,5 @@
-// Vectors as wide as the instruction set's registers, in the words that formulas/elementary.h asks
-// for.
+// Vectors as wide as the instruction set's registers, with the operations that
+// formulas/elementary.h needs.
 //
 // Included inside the namespace and under the target of one instruction set: kernel_for_isa.h. The
 // vector extensions of GCC and Clang give the operators on every architecture; only the width must

@@ -1,7 +1,7 @@
-// The elementary functions that losses are made of, in words that scalars and vectors have alike.
+// The elementary functions that losses are made of, in operations that scalars and vectors share.
 //
 // Every backend instantiates this text. `Real` is a vector of numbers, one of them on a GPU; it
-// brings operators, its element type Real::Scalar, and the words
+// brings operators, its element type Real::Scalar, and the operations
 //   abs(x)  fma(a, b, c)  select(mask, if_true, if_false)
 //   sign_bit(x)  flip_sign(y, x)  scale_exp2_minus(y, shifted)  mantissa(x)  minus_exponent(x)
 // found by argument-dependent lookup. It may bring functions of its own in the place of those

@@ -26,7 +26,7 @@ class TargetBlocks {
   // labels, or of the rows, as they came; else each block looks at all of them.
   bool by_label_ = false, by_row_ = false;
   at::Tensor offsets_;
-  at::Tensor buffer_;  // all 0 but at written_; its last element is nobody's
+  at::Tensor buffer_;  // all 0 but at written_; its last element takes what no block has
   at::Tensor written_;
 };
 
