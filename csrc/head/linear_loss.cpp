@@ -227,9 +227,9 @@ void check_layer(const LinearOperands& o) {
                   weight.sym_size(1) == o.input.sym_size(1),
               misfit("linear_weight", weight, o));
   const OptionalTensor& bias = o.linear_bias;
-  TORCH_CHECK(!bias || (is_of_layer(*bias) && bias->dim() == 1 &&
-                        bias->sym_size(0) == weight.sym_size(0)),
-              misfit("linear_bias", *bias, o));
+  TORCH_CHECK(
+      !bias || (is_of_layer(*bias) && bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0)),
+      misfit("linear_bias", *bias, o));
 }
 
 void check_linear(const LinearOperands& o, const OptionalTensor& grad_loss) {
