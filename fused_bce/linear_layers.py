@@ -71,7 +71,7 @@ class LinearInParts(torch.nn.Module):
             # Not of the joined weight, which is larger than the logits of a few rows.
             logits = torch.cat([F.linear(input, part) for part in self.weight], dim=-1)
             return logits if self.bias is None else logits + self.bias
-        if not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._versions = self._read_versions()
         return loss(input, list(self.weight), target, linear_bias=self.bias)
 

@@ -235,18 +235,19 @@ BATCH, LABELS, STEPS = 12, 11, 3
 
 
 class Network(nn.Module):
-    def __init__(self):
+    def __init__(self, parts=1):
         super().__init__()
         torch.manual_seed(1)
         self.encoder = nn.Sequential(nn.Linear(FEATURES, 7), nn.Tanh())
-        self.head = LinearBCEWithLogitsLoss(7, LABELS, bias=True, reduction="batchmean")
+        options = {"bias": True, "reduction": "batchmean", "parts": parts}
+        self.head = LinearBCEWithLogitsLoss(7, LABELS, **options)
 
     def forward(self, x, target):
         return self.head(self.encoder(x), target)
 
 
-def network():
-    return Network().double()
+def network(parts=1):
+    return Network(parts).double()
 
 
 def train(model, loss_of_batch):
@@ -265,15 +266,15 @@ def train(model, loss_of_batch):
     return torch.stack([t.full_tensor() if isinstance(t, DTensor) else t for t in losses])
 
 
-def check_trained_as_alone(model, loss_of_batch):
+def check_trained_as_alone(model, loss_of_batch, parts=1):
     """Losses and parameters are those of one process with torch's loss of whole logits."""
-    alone = network()
+    alone = network(parts)
 
     def loss_by_torch(x, labels):
         dense = torch.zeros(BATCH, LABELS, dtype=torch.float64).scatter(1, labels, 1)
         layer = alone.head.linear
-        parameters = layer.weight, layer.bias
-        return by_layer_and_loss(alone.encoder(x), *parameters, dense, reduction="batchmean")
+        weight = layer.weight if parts == 1 else torch.cat([*layer.weight])
+        return by_layer_and_loss(alone.encoder(x), weight, layer.bias, dense, reduction="batchmean")
 
     losses = train(model, loss_of_batch)
     exact = train(alone, loss_by_torch)
@@ -296,10 +297,11 @@ def check_data_parallel():
         fully_shard(model.head.linear, mesh=mesh)
         return fully_shard(model, mesh=mesh)
 
-    for wrap in (DistributedDataParallel, fsdp_of_head, fsdp_of_layer):
-        model = wrap(network())
+    wrappers = (DistributedDataParallel, fsdp_of_head, fsdp_of_layer)
+    for wrap, parts in itertools.product(wrappers, (1, 3)):
+        model = wrap(network(parts))
         check_trained_as_alone(
-            model, lambda x, labels, model=model: loss_of_share(model, x, labels)
+            model, lambda x, labels, model=model: loss_of_share(model, x, labels), parts
         )
 
 

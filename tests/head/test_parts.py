@@ -204,6 +204,21 @@ def test_compiled(device):
         assert_near(got, exact(some, target), DOUBLE)
 
 
+@pytest.mark.parametrize(
+    "carry", [copy.deepcopy, torch.fx.symbolic_trace], ids=lambda f: f.__name__
+)
+def test_is_carried(carry, device):
+    module, (input, target) = make_head(3, device), draw_batch(device)
+    torch.testing.assert_close(
+        carry(module)(input, target), module(input, target), rtol=DOUBLE, atol=0
+    )
+    half = copy.deepcopy(module).to(torch.float32)
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
+    torch.testing.assert_close(
+        half(input.float(), target).double(), module(input, target), rtol=1e-5, atol=0
+    )
+
+
 def make_head(parts, device, dtype=torch.float64, **options):
     torch.manual_seed(3)
     options = {"bias": True, "reduction": "batchmean"} | options
@@ -298,6 +313,7 @@ def test_a_step_that_fails_says_which_parts_were_updated(device):
     module.linear.weight[1].register_hook(fail)
     with pytest.raises(MemoryError, match="of the test"):
         module(input, target).backward()
+    module.topk(input, 3)
     assert module.linear.updated_parts() == [2, 3, 4]
     for number, (now, then) in enumerate(zip(module.linear.weight, before, strict=True)):
         assert torch.equal(now, then) == (number < 2)
