@@ -45,6 +45,7 @@ WEIGHT_SHAPES = {
 LARGE = {
     "several_chunks": ((3, 20_001), (20_001,)),
     "short_period": ((5000, 10), (10,)),
+    "period_that_does_not_divide_a_tile": ((61, 150), (150,)),
     "period_longer_than_a_tile": ((61, 700), (700,)),
     "weight_for_each_row": ((2500, 10), (2500, 1)),
     "long_run_of_one_channel": ((2, 3, 6000), (3, 1)),
