@@ -122,22 +122,21 @@ class Code:
     def _next(self, i: int, text: str, index: dict[int, int]) -> list[int]:
         operation = without_predicate(text)
         after = [i + 1] if i + 1 < len(self.texts) else []
-        is_conditional = operation != text or re.match(r"BRA[.\w]*\s+!?U?P\d", operation)
+        # Under a predicate, before it or as an operand, or where threads have diverged
+        is_conditional = operation != text or "," in operation
         if re.match("EXIT|RET", operation):
             return after if is_conditional else []
-        target = re.match(r"BRA.*0x([0-9a-f]+)", operation)
+        target = re.match(r"(BRA|CALL.REL).*0x([0-9a-f]+)", operation)
         if not target:
             return after
-        return [index[int(target[1], 16)], *(after if is_conditional else [])]
+        returns = is_conditional or target[1] != "BRA"
+        return [index[int(target[2], 16)], *(after if returns else [])]
 
     def way(self, start: int, goals: Collection[int]) -> list[int]:
-        """The shortest, but not through functions, which are for rare numbers."""
-
-        def cost(i: int) -> int:
-            return 1000 if "CALL" in self.texts[i] else 1
-
+        """The shortest, none if there is none. A call may be a jump; a function that returns is for
+        rare numbers."""
         done: dict[int, int] = {}
-        waiting = [(cost(start), start, -1)]
+        waiting = [(1, start, -1)]
         while waiting:
             so_far, i, before = heapq.heappop(waiting)
             if i in done:
@@ -149,8 +148,9 @@ class Code:
                     way.append(done[way[-1]])
                 return way[::-1]
             for j in self.next[i]:
-                heapq.heappush(waiting, (so_far + cost(j), j, i))
-        raise LookupError("there is no way")
+                is_return = "CALL" in self.texts[i] and j == i + 1
+                heapq.heappush(waiting, (so_far + (1000 if is_return else 1), j, i))
+        return []
 
     def hot_loop(self) -> tuple[int, int] | None:
         """First and last of the smallest loop with exponentials and whole-vector stores."""
@@ -164,15 +164,18 @@ class Code:
         ]
         return min(loops, key=lambda loop: loop[1] - loop[0], default=None)
 
-    def end_of_block(self, start: int) -> list[int]:
-        """The way of a block that is not the last: it takes a ticket, and ends behind a barrier."""
+    def end_of_block(self, first: int, last: int) -> list[int]:
+        """The way from a loop to the end, of a block that is not the last: it takes a ticket, and
+        ends behind a barrier."""
         exits = {i for i, text in enumerate(self.texts) if "EXIT" in text}
-        tickets = [i for i, text in enumerate(self.texts) if re.search("ATOM", text)]
-        barriers = [i for i, text in enumerate(self.texts) if "BAR.SYNC" in text and i > start]
-        behind = [i for i in barriers if tickets and i > tickets[0]][:1]
-        if not behind:
-            return self.way(start, exits)
-        return [*self.way(start, behind), *self.way(behind[0], exits)[1:]]
+        barriers = {i for i, text in enumerate(self.texts) if "BAR.SYNC" in text}
+        ticket = next(i for i, text in enumerate(self.texts) if "ATOM" in text)
+        barrier = self.way(ticket, barriers)[-1]
+        behind_loop = {
+            j for i in range(first, last + 1) for j in self.next[i] if not first <= j <= last
+        }
+        ways = [way for j in behind_loop if (way := self.way(j, {barrier}))]
+        return min(ways, key=len) + self.way(barrier, exits)[1:]
 
 
 def without_predicate(text: str) -> str:
@@ -213,12 +216,13 @@ def loads_under_way(loop: list[str]) -> int:
 
 
 def stores_apart(loop: list[str]) -> int:
-    """The least distance in bytes between two stores of one thread that share a base."""
-    offsets: dict[str, list[int]] = {}
+    """The least distance in bytes between two stores of one thread that share a base. A register
+    that comes with one offset twice has been given another address."""
+    offsets: dict[str, set[int]] = {}
     for text in loop:
         store = re.search(r"STG.*\[(R\d+)\.64(?:\+(-?0x[0-9a-f]+))?\]", text)
         if store:
-            offsets.setdefault(store[1], []).append(int(store[2] or "0", 16))
+            offsets.setdefault(store[1], set()).add(int(store[2] or "0", 16))
     apart = [b - a for of_base in offsets.values() for a, b in pairwise(sorted(of_base))]
     return min(apart, default=sys.maxsize)
 
@@ -234,7 +238,7 @@ def problems_of(body: str, expected: Expected) -> list[str]:
     # Of several branches the shortest would be one that other numbers take.
     loop = whole if expected in BRANCHES else [code.texts[i] for i in code.way(first, {last})]
     elements = count(whole, "STG") * expected.lanes
-    outside = len(code.way(0, {first})[:-1]) + len(code.end_of_block(last + 1))
+    outside = len(code.way(0, {first})) - 1 + len(code.end_of_block(first, last))
     per_element = len(loop) / elements + outside / ELEMENTS_OF_THREAD
     loads = loads_under_way(loop)
     apart = stores_apart(whole)

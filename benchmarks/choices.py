@@ -1,6 +1,7 @@
 """Times what the CUDA kernels could do in two ways, so that a GPU decides which one stays.
 
     python benchmarks/choices.py [--module PATH] [--output FILE]
+    python benchmarks/choices.py --device cpu --sizes 65536     a rehearsal: the choices do nothing
 
 Forward with the gradient, for the sums in the last block and in a second kernel, and for several
 numbers of blocks: bytes that must move a second, as a share of what a copy moves in the same run.
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from contenders.limits import COPIED_BYTES, copy_step
+from contenders.limits import COPIED_BYTES
 from harness.timing import calls_per_sample, time_alternating
 
 # Of a Hopper GPU's 132 multiprocessors 2 to 16 blocks each; and a block for each chunk.
@@ -31,6 +32,7 @@ PAIRS = (
     ("bfloat16", "bool"),
 )
 SIZES = (2**20, 2**26)
+COPIED = {"cuda": COPIED_BYTES, "cpu": 2**24}
 COLUMNS = ("module", "dtype", "target_dtype", "numel", "finish", "blocks", "seconds", "copy_share")
 
 
@@ -38,9 +40,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--module", type=Path, help="default: that of the package")
     parser.add_argument("--output", type=Path, help="a CSV file, to which rows are added")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, metavar="N")
     parser.add_argument("--seconds", type=float, default=0.3, help="of rounds, for each case (0.3)")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+    if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("torch finds no CUDA device")
     if arguments.module:
         load_module(arguments.module)
@@ -50,10 +54,11 @@ def main() -> None:
         sys.exit("this build has no CUDA kernels")
     name = arguments.module.parent.name if arguments.module else "own"
     rows = []
-    for numel, (dtype, target_dtype) in itertools.product(SIZES, PAIRS):
+    for numel, (dtype, target_dtype) in itertools.product(arguments.sizes, PAIRS):
         case = {"module": name, "dtype": dtype, "target_dtype": target_dtype, "numel": numel}
-        rows += [case | row for row in measure(numel, dtype, target_dtype, arguments.seconds)]
-        show(rows[-len(FINISHES) * len(BLOCKS) :])
+        measured = measure(numel, dtype, target_dtype, arguments.device, arguments.seconds)
+        rows += [case | row for row in measured]
+        show(rows[-len(measured) :])
     if arguments.output:
         write(arguments.output, rows)
 
@@ -66,12 +71,12 @@ def load_module(path: Path) -> None:
     spec.loader.exec_module(module)
 
 
-def measure(numel: int, dtype: str, target_dtype: str, seconds: float) -> list[dict]:
+def measure(numel: int, dtype: str, target_dtype: str, device: str, seconds: float) -> list[dict]:
     from fused_bce import _C
     from fused_bce.functional import binary_cross_entropy_with_logits as loss
 
-    logits = torch.randn(numel, device="cuda").to(getattr(torch, dtype)).requires_grad_()
-    target = (torch.rand(numel, device="cuda") > 0.5).to(getattr(torch, target_dtype))
+    logits = torch.randn(numel, device=device).to(getattr(torch, dtype)).requires_grad_()
+    target = (torch.rand(numel, device=device) > 0.5).to(getattr(torch, target_dtype))
 
     def step(finish: str, blocks: int):
         def run():
@@ -83,9 +88,11 @@ def measure(numel: int, dtype: str, target_dtype: str, seconds: float) -> list[d
 
     ways = list(itertools.product(FINISHES, BLOCKS))
     steps = {f"{finish}, {blocks}": step(finish, blocks) for finish, blocks in ways}
-    steps["copy"] = copy_step(COPIED_BYTES // 4, "cuda")
-    timings = time_alternating(steps, calls_per_sample(steps, "cuda"), "cuda", 5, seconds)
-    of_copy = 2 * COPIED_BYTES / timings["copy"].median
+    source = torch.rand(COPIED[device] // 4, device=device)
+    out = torch.empty_like(source)
+    steps["copy"] = lambda: out.copy_(source)
+    timings = time_alternating(steps, calls_per_sample(steps, device), device, 5, seconds)
+    of_copy = 2 * COPIED[device] / timings["copy"].median
     moved = (2 * logits.element_size() + target.element_size()) * numel
     return [
         {

@@ -117,10 +117,11 @@ __device__ __forceinline__ uint32_t zero_when_loaded(uint32_t zero,
   uint32_t any = 0;
 #pragma unroll
   for (int u = 0; u < kVectors; ++u) {
-    uint32_t words[2];
-    memcpy(words, logits[u].v, sizeof words[0]);
-    memcpy(words + 1, target[u].v, sizeof words[1]);
-    any |= words[0] | words[1];
+    // No more than an element: the compiler would put words of bytes together again.
+    uint32_t of_logits = 0, of_target = 0;
+    memcpy(&of_logits, logits[u].v, sizeof(L) < 4 ? sizeof(L) : 4);
+    memcpy(&of_target, target[u].v, sizeof(T) < 4 ? sizeof(T) : 4);
+    any |= of_logits | of_target;
   }
   return any & zero;
 }

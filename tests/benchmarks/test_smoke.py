@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import csv
 import dataclasses
 import io
 import math
@@ -18,11 +19,13 @@ pytest.importorskip("rich", reason="run.py prints its tables with it")
 
 import accuracy
 import counters
+import fused_bce
 import pairwise_processes
 from cases import extras, focal, head, heads, pairwise, peers, trained_pairs, training, workloads
 from cases.preset import Selection
 from cases.registry import PRESETS
 from contenders import pairwise as pairwise_contenders
+from fused_bce import _C
 from harness.rows import AccuracyRow, read_rows, start_file
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -236,6 +239,20 @@ def test_a_folder_of_results(tmp_path):
     (path,) = tmp_path.iterdir()
     assert path.name == "cpu-ladder.csv"
     run_script("compare.py", path, path)
+
+
+def test_choices(monkeypatch, tmp_path):
+    """Rehearsed: on the CPU the choices do nothing."""
+    for choice in ("limit_cuda_blocks", "add_up_in_last_block"):
+        monkeypatch.setattr(_C, choice, lambda _: None, raising=False)
+    monkeypatch.setattr(fused_bce, "build_info", lambda: {"cuda_archs": ["9.0"]})
+    path = tmp_path / "choices.csv"
+    run_script("choices.py", "--device", "cpu", "--sizes", 64, "--seconds", 0, "--output", path)
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert len({tuple(row[name] for name in ("dtype", "target_dtype")) for row in rows}) == 5
+    assert len({(row["finish"], row["blocks"]) for row in rows}) == 10
+    assert len(rows) == 50
+    assert all(float(row["seconds"]) > 0 and float(row["copy_share"]) > 0 for row in rows)
 
 
 def test_counters_without_a_gpu(monkeypatch):
