@@ -15,7 +15,9 @@ void* thread_scratch() {
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> available = [] {
     std::vector<InstructionSet> found;
-#if defined(__x86_64__)
+#if defined(FUSED_BCE_BASELINE_ONLY)  // for the thread sanitizer: see setup.py
+    found.push_back({"baseline", baseline::run, baseline::scale});
+#elif defined(__x86_64__)
     __builtin_cpu_init();
     // Every processor with AVX2 has F16C, which not every compiler can ask for.
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");

@@ -22,6 +22,8 @@ from helpers import (
     reference,
     torch_bce,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 @by_dtype
@@ -310,6 +312,31 @@ def test_concurrent_backwards(reduction, device):
     with ThreadPoolExecutor(4) as pool:
         for scale, grad in enumerate(pool.map(backward, range(20))):
             assert_double_close(grad, scale * unit)
+
+
+class KeepResults(TorchDispatchMode):
+    """As a debugger does, of every operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        self.kept += tree_leaves(result)
+        return result
+
+
+def test_a_gradient_that_somebody_keeps_is_not_scaled(device):
+    logits, target = problem(device)
+    with KeepResults() as mode:
+        loss = fused(logits, target, reduction="sum")
+    kept = [result for result in mode.kept if result.shape == logits.shape]
+    copies = [result.clone() for result in kept]
+    assert copies
+    (grad,) = torch.autograd.grad(loss, logits, torch.full_like(loss, 3.0))
+    assert_double_close(grad, 3 * evaluate(torch_bce, logits, target, reduction="sum").grad_logits)
+    assert all(map(torch.equal, kept, copies))
 
 
 def test_anomaly_mode(device):

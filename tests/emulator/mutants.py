@@ -92,22 +92,34 @@ def without(word: str, name: str, which: int, csrc: Path) -> None:
     path.write_text(word.join(parts[: which + 1]) + ";" + word.join(parts[which + 1 :]))
 
 
-def compile_kernels(folder: Path, csrc: Path) -> Path:
-    """A library that the thread sanitizer watches."""
-    sources = [folder / "kernels.cpp", HERE / "emulator.cpp", HERE / "streams.cpp"]
-    wanted = ["cuda/launch.cu", "cuda/logits_float32.cu"]
+# initial-exec: shared memory is there when its block begins, as on a GPU.
+FLAGS = ["-std=c++20", "-O1", "-g1", "-Dalways_inline=unused", "-fPIC", "-fsanitize=thread", "-w"]
+FLAGS += ["-ftls-model=initial-exec", f"-I{HERE}", f"-I{HERE / 'include'}"]
+FLAGS += [f"-isystem{headers}" for headers in CUDA_HEADERS]
+
+
+def compile_and_link(*arguments: object) -> None:
+    subprocess.run(["g++", *FLAGS, *map(str, arguments)], check=True)
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory) -> list[Path]:
+    """Compiled: it has no fault."""
+    folder = tmp_path_factory.mktemp("emulator")
+    compiled = [folder / f"{name}.o" for name in ("emulator", "streams")]
+    for path in compiled:
+        compile_and_link("-c", HERE / f"{path.stem}.cpp", "-o", path)
+    return compiled
+
+
+def compile_kernels(csrc: Path, folder: Path, emulator: list[Path]) -> Path:
+    """A library that the thread sanitizer watches, of the kernels that the probe calls."""
+    source, library = folder / "kernels.cpp", folder / "kernels.so"
     probe = (HERE / "probe.cpp").read_text().replace("../../csrc", str(csrc))
-    includes = "".join(f'#include "{csrc / name}"\n' for name in wanted)
     shared = "unsigned ticket_for_all;  // what a mutant takes\n"
-    sources[0].write_text(f'#include "cuda.h"\n{shared}{includes}{probe}')
-    library = folder / "kernels.so"
-    # initial-exec: shared memory is there when its block begins, as on a GPU.
-    flags = ["-std=c++20", "-O1", "-g1", "-Dalways_inline=unused"]
-    flags += ["-fPIC", "-shared", "-fsanitize=thread", "-w"]
-    flags += ["-ftls-model=initial-exec"]
-    folders = [f"-I{HERE}", f"-I{HERE / 'include'}", *(f"-isystem{h}" for h in CUDA_HEADERS)]
-    command = ["g++", *flags, *folders, *map(str, sources), "-o", str(library)]
-    subprocess.run(command, check=True)
+    launch = f'#include "{csrc / "cuda" / "launch.cu"}"\n'
+    source.write_text(f'#include "cuda.h"\n{shared}{launch}{probe}')
+    compile_and_link("-shared", source, *emulator, "-o", library)
     return library
 
 
@@ -123,45 +135,49 @@ def run(library: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture
-def csrc(tmp_path):
+def csrc(tmp_path) -> Path:
     return Path(shutil.copytree(CSRC, tmp_path / "csrc"))
 
 
-def test_kernels(tmp_path):
-    done = run(compile_kernels(tmp_path, CSRC))
+@pytest.fixture
+def check_found(csrc, emulator):
+    def check(statuses: set[int], reports: str) -> None:
+        done = run(compile_kernels(csrc, csrc.parent, emulator))
+        output = done.stdout + done.stderr
+        print(done.returncode, output[:2000])
+        assert done.returncode in statuses, output
+        assert re.search(reports, output), output
+
+    return check
+
+
+def test_kernels(tmp_path, emulator):
+    done = run(compile_kernels(CSRC, tmp_path, emulator))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def check_found(csrc: Path, statuses: set[int], reports: str) -> None:
-    done = run(compile_kernels(csrc.parent, csrc))
-    output = done.stdout + done.stderr
-    print(done.returncode, output[:2000])
-    assert done.returncode in statuses, output
-    assert re.search(reports, output), output
-
-
 @pytest.mark.parametrize("fault", FAULTS)
-def test_fault(fault, csrc):
+def test_fault(fault, csrc, check_found):
     name, there, instead = FAULTS[fault]
     plant(csrc / "cuda" / name, there, instead)
-    check_found(csrc, {WRONG, RACE}, "WRONG|data race")
+    check_found({WRONG, RACE}, "WRONG|data race")
 
 
 @pytest.mark.parametrize(("name", "which"), BARRIERS)
-def test_missing_barrier(name, which, csrc):
+def test_missing_barrier(name, which, csrc, check_found):
     without("__syncthreads();", name, which, csrc)
-    check_found(csrc, {WRONG, RACE}, "WRONG|data race")
+    check_found({WRONG, RACE}, "WRONG|data race")
 
 
 @pytest.mark.parametrize(("name", "which"), FENCES)
-def test_missing_fence(name, which, csrc):
+def test_missing_fence(name, which, csrc, check_found):
     without("__threadfence();", name, which, csrc)
-    check_found(csrc, {RACE}, "data race")
+    check_found({RACE}, "data race")
 
 
-def test_a_barrier_for_some(csrc):
+def test_a_barrier_for_some(csrc, check_found):
     path = csrc / "cuda" / "kernels.cuh"
     text = path.read_text()
     assert BARRIERS
     path.write_text(text.replace("__syncthreads();", "if (threadIdx.x < 100) __syncthreads();"))
-    check_found(csrc, {-6}, "not all threads reach a barrier")
+    check_found({-6}, "not all threads reach a barrier")

@@ -338,6 +338,22 @@ def test_count_kept(target_dtype, ignore_index, device):
             assert count.item() == int((~is_ignored(t, ignore_index)).sum())
 
 
+def test_a_given_divisor_is_not_counted_anew(device):
+    """The operator's, of a shard: what is ignored elsewhere counts, too."""
+    operator = torch.ops.fused_bce.binary_cross_entropy_with_logits
+    logits, target = logits_of((6, 5), device), hard((6, 5), device, torch.uint8)
+    target[0] = 255
+    divisor = torch.tensor(400.0, device=device)
+
+    def mean(x, t):
+        return operator(x, t, None, None, 1, divisor=divisor, ignore_index=255)
+
+    got = evaluate(mean, logits, target)
+    whole = evaluate(fused, logits, target, reduction="sum", ignore_index=255)
+    torch.testing.assert_close(got.loss, whole.loss / 400)
+    torch.testing.assert_close(got.grad_logits, whole.grad_logits / 400)
+
+
 @by_dtype
 def test_count_kept_of_unusual_numbers(dtype, device):
     count_kept = torch.ops.fused_bce._count_unignored
