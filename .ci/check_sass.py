@@ -5,9 +5,9 @@
 For each kernel of a table, mean with gradient, and each GPU architecture in the build: instructions
 an element on the whole way through the kernel, from its first instruction through the loop to its
 end; loads that are under way before the first of them is used; the distance between the stores of
-one thread; the width of accesses. And of all kernels: that no register is spilled. Needs cuobjdump
-and nvdisasm (from PyPI: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm, for which this looks beside
-the installed packages). Exits with 1 if a check fails or a kernel is not found.
+one thread; the width of accesses; spilled registers. All kernels that spill are listed. Needs
+cuobjdump and nvdisasm (from PyPI: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm, for which this looks
+beside the installed packages). Exits with 1 if a check fails or a kernel is not found.
 """
 
 import heapq
@@ -31,6 +31,7 @@ FLOAT32_INT64, BFLOAT16_INT64 = "fl", "13__nv_bfloat16l"
 BFLOAT16_FLOAT32 = "13__nv_bfloat16f"
 
 ELEMENTS_OF_THREAD = 32  # of a chunk of 8,192, by 256 threads
+MOST_STACK = 16  # bytes, for what a chunk needs once; in the loop nothing is spilled
 LEAST_SUMS = 8  # of other blocks, that the last block loads at once
 LOCAL = r"\b(LDL|STL)\b"
 # The stores of one thread are this many bytes apart, if those of a warp are side by side.
@@ -283,16 +284,18 @@ def main(path: str) -> int:
             print(f"{expected}: no such kernel in {path}")
             failures += 1
         for (arch, name), body in matches.items():
-            registers = re.search(r"REG:(\d+)", usage[arch, name])
+            registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage[arch, name]).groups()
             print(f"{expected.formula.lstrip('0123456789')}, {expected.dtypes}, ", end="")
-            print(f"variant {expected.variant}, {arch}, {registers[1]} registers: ", end="")
+            print(f"variant {expected.variant}, {arch}, {registers} registers: ", end="")
             problems = problems_of(body, expected)
+            if int(stack) > MOST_STACK:
+                problems.append(f"{stack} bytes of stack")
             for problem in problems:
                 print(f"  FAILED: {problem}")
             failures += len(problems)
     spilled = spills(sass, usage)
     print(f"{len(sass)} kernels, {len(spilled)} of which spill registers", *spilled, sep="\n  ")
-    return 1 if failures or spilled else 0
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -72,7 +72,16 @@ def launch_in_turns(self, p, offsets=None, finished=None):
     return launch(self, p, offsets, finished)
 
 
-Device.launch = launch_in_turns
+fail_next = Device.fail_next
+
+
+def fail_next_in_last_block(self, function, error):
+    """Which alone has a memset that may fail."""
+    self.in_last_block = False  # as the launch before
+    fail_next(self, function, error)
+
+
+Device.launch, Device.fail_next = launch_in_turns, fail_next_in_last_block
 
 for module in (reference, cases, checks, far_end):
     module.truth = truth_in_two_steps
