@@ -1,6 +1,8 @@
 """The faults: file, text that stands in it, what is put there, and which tests should find it.
 
 Each is one that somebody could make: a wrong bound, a case left out, a stale value, a wrong dtype.
+Of the steps of .ci/run the one that finds them is `tests`: what only sanitizers find is planted in
+the CUDA kernels, by tests/emulator/mutants.py.
 """
 
 from typing import NamedTuple

@@ -396,6 +396,21 @@ def test_what_is_ignored_has_no_gradient(case, reduction, device):
     assert torch.equal(loss if reduction != "none" else loss[2:], alone)
 
 
+@pytest.mark.parametrize("case", [*LOSSES, BCE], ids=lambda case: case.name)
+def test_what_is_ignored_has_no_derivatives(case, device):
+    """Neither as ATen operations, where 0 times nan is nan."""
+    logits = torch.tensor([math.nan, math.inf, 1.0], dtype=torch.float64, device=device)
+    target = torch.tensor([255.0, 255, 1], dtype=torch.float64, device=device)
+
+    def loss(x, t):
+        return case.function(x, t, reduction="sum", ignore_index=255)
+
+    for derivative in (torch.func.grad, torch.func.hessian):
+        got, alone = derivative(loss)(logits, target), derivative(loss)(logits[2:], target[2:])
+        assert_double_close(got.flatten()[-1:], alone.flatten())
+        assert not got.flatten()[:-1].any()
+
+
 ERRORS = {
     "reduction": (ValueError, {"reduction": "max"}),
     "size": (ValueError, {"target": torch.zeros(4)}),
