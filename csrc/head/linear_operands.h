@@ -57,8 +57,8 @@ at::Tensor linear_autograd(const LinearOperands& operands);
 LinearGrads linear_derivatives(const LinearOperands& operands, Wanted wanted,
                                const at::Tensor& grad_loss);
 
-// linear_topk.cpp: the k largest logits (N, k) of each row, in descending order, and their labels, of
-// equal logits the lower one first.
+// linear_topk.cpp: the k largest logits (N, k) of each row, in descending order, and their labels,
+// of equal logits the lower one first.
 using TopLogits = std::tuple<at::Tensor, at::Tensor>;
 constexpr const char* kTopkSchema =
     "_linear_topk(Tensor input, Tensor linear_weight, Tensor? linear_bias, int k, "

@@ -149,8 +149,8 @@ void check_topk(const LinearOperands& o, int64_t k) {
 }  // namespace
 
 TopLogits linear_topk(const Tensor& input, const Tensor& linear_weight,
-                         const OptionalTensor& linear_bias, int64_t k, OptionalDtype dtype,
-                         int64_t chunk_bytes) {
+                      const OptionalTensor& linear_bias, int64_t k, OptionalDtype dtype,
+                      int64_t chunk_bytes) {
   const LinearOperands o = layer_operands(input, linear_weight, linear_bias, dtype, chunk_bytes);
   check_topk(o, k);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -179,8 +179,8 @@ TopLogits linear_topk(const Tensor& input, const Tensor& linear_weight,
 }
 
 TopLogits linear_topk_composite(const Tensor& input, const Tensor& linear_weight,
-                                   const OptionalTensor& linear_bias, int64_t k,
-                                   OptionalDtype dtype, int64_t chunk_bytes) {
+                                const OptionalTensor& linear_bias, int64_t k, OptionalDtype dtype,
+                                int64_t chunk_bytes) {
   const c10::DeviceGuard device(input.device());
   const LinearOperands o = layer_operands(input, linear_weight, linear_bias, dtype, chunk_bytes);
   check_topk(o, k);
