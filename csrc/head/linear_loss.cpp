@@ -5,8 +5,6 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/mul.h>
-#include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
@@ -31,22 +29,26 @@ at::ScalarType LinearOperands::loss_dtype() const {
 
 namespace {
 
-// sum = alpha a b, or with more, sum += alpha a b, added up in the dtype of the sum.
-void add_product(Tensor& sum, const Tensor& a, const Tensor& b, double alpha, bool more) {
+// The CPU has no product of bfloat16 with a sum in float32. Each of so many products is rounded,
+// their sum is not: with one alone, the result would be rounded twice.
+constexpr int64_t kRoundedProducts = 8;
+
+// sum = alpha a b, or with more, sum += alpha a b, added up in the dtype of the sum. Of all that is
+// added up, `terms` are those of one element.
+void add_product(Tensor& sum, const Tensor& a, const Tensor& b, double alpha, bool more,
+                 int64_t terms) {
   if (a.scalar_type() == sum.scalar_type()) {
     at::addmm_out(sum, sum, a, b, /*beta=*/more, alpha);
     return;
   }
-  if (sum.is_cpu()) {
-    const auto wide = sum.scalar_type();
-    at::addmm_out(sum, sum, a.to(wide), b.to(wide), /*beta=*/more, alpha);
+  if (!more) sum.zero_();
+  if (!sum.is_cpu()) {
+    sum.add_(at::mm(a, b, sum.scalar_type()), alpha);
     return;
   }
-  const Tensor product = at::mm(a, b, sum.scalar_type());
-  if (more)
-    sum.add_(product, alpha);
-  else
-    at::mul_out(sum, product, at::scalar_tensor(alpha, sum.options().device(at::kCPU)));
+  for_ranges(b.size(0), (terms + kRoundedProducts - 1) / kRoundedProducts, [&](Range some, bool) {
+    sum.add_(at::mm(part(a, 1, some), part(b, 0, some)), alpha);
+  });
 }
 
 class LinearLossCall {
@@ -86,10 +88,10 @@ class LinearLossCall {
         add_loss(block, target.block(rows, labels), rows, labels);
         if (wanted_[0]) {
           Tensor sum = part(grad_input_, 0, rows);
-          add_product(sum, block, weight, grad_scale_, !first_labels);
+          add_product(sum, block, weight, grad_scale_, !first_labels, labels_);
         }
         if (wanted_[1])
-          add_product(grad_weight, block.t(), blocks_.input(rows), grad_scale_, !first_rows);
+          add_product(grad_weight, block.t(), blocks_.input(rows), grad_scale_, !first_rows, rows_);
         if (wanted_[2])
           part(grad_bias_, 0, labels).add_(at::sum(block, 0, false, o_.wide_dtype()), grad_scale_);
       });

@@ -63,9 +63,8 @@ void LogitBlocks::choose_blocks() {
   int64_t& shorter = labels_ < rows_ ? block_labels_ : block_rows_;
   int64_t& longer = labels_ < rows_ ? block_rows_ : block_labels_;
   shorter = at_most(std::min(labels_, rows_), std::max(elements / kLeastWidth, square));
-  // A block of the weight is no larger either where it is cast, for one product or for all.
-  const bool casts = o_.linear_weight.scalar_type() != product_dtype_ ||
-                     (o_.input.is_cpu() && product_dtype_ != o_.wide_dtype());
+  // A block of the weight is no larger either where it is cast.
+  const bool casts = o_.linear_weight.scalar_type() != product_dtype_;
   const int64_t width = casts ? std::max(shorter, o_.input.size(1)) : shorter;
   longer = at_most(std::max(labels_, rows_), elements / width);
 }

@@ -581,7 +581,7 @@ def test_why_not_fused_takes_what_the_loss_takes(device):
     ]:
         assert why_not_fused(*call[0], **call[1]) is None
     # What the head does not take
-    for option in ({"recompute": True}, {"reduce": False}):
+    for option in ({"size_average": True}, {"reduce": False}):
         reason = why_not_fused(logits, target[:, :2], linear_weight=target[:2], **option)
         assert reason.startswith("with linear_weight go no")
 

@@ -70,6 +70,11 @@ BAD = {
         (0, ValueError, "chunk_bytes must be positive and less than 2**63, not 0"),
         (2**63, ValueError, "chunk_bytes must be positive and less than 2**63, not 92233"),
     ],
+    "parts": [
+        (1.5, TypeError, "parts must be an integer, not 1.5"),
+        (0, ValueError, "parts must lie between 1 and the number of labels, 4, not be 0"),
+        (5, ValueError, "parts must lie between 1 and the number of labels, 4, not be 5"),
+    ],
     "alpha": [
         (1.5, ValueError, "alpha must lie in [0, 1] or be -1, not 1.5"),
         (float("nan"), ValueError, "alpha must lie in [0, 1] or be -1, not nan"),

@@ -132,6 +132,25 @@ def test_train_extreme_labels_notices_a_wrong_loss(tmp_path):
     assert "The loss curves of torch.nn and fused_bce differ by" in done.stderr
 
 
+@pytest.mark.large
+@pytest.mark.parametrize("ways", [["float32", "torch.nn"], ["bfloat16"]], ids=str)
+def test_train_million_labels(ways):
+    """Of fewer. torchao compiles its optimizer: a minute."""
+    for package in ("tqdm", "torchao"):
+        pytest.importorskip(package)
+    options = ["--labels", 20_000, "--steps", 30, "--ways", *ways]
+    done = run(EXAMPLES / "train_million_labels.py", *options)
+    assert done.returncode == 0, done.stderr
+    form = r"precision at 5: (\S+) .* ([\d,]+) MiB of .* and ([\d,]+) MiB beyond"
+    (precision, model, beyond), *others = re.findall(form, done.stdout.replace(",", ""))
+    # By chance 0.0003
+    assert float(precision) > 0.1
+    # Of the weight and two states: 1/8 of the weight, and a block
+    assert int(beyond) <= int(model) / 24 + 6
+    assert len(others) == len(ways) - 1
+    assert all(int(of_torch) > 3 * int(beyond) for _, _, of_torch in others)
+
+
 def test_tutorial_gives_the_expected_numbers():
     done = run(EXAMPLES / "tutorial.py")
     assert done.returncode == 0, done.stderr
