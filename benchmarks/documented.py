@@ -202,7 +202,6 @@ def focal(results: Results) -> Iterable[tuple[str, ...]]:
 
 HEAD = {
     "AmazonCat-13K": "256 x 768 x 13,330",
-    "AmazonCat-13K, bfloat16": "256 x 768 x 13,330",
     "wide layer": "256 x 768 x 32,768",
     "narrow layer": "256 x 128 x 131,072",
     "Wiki-500K": "128 x 64 x 501,070",
