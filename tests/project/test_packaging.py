@@ -17,7 +17,8 @@ MINOR = ".".join(torch.__version__.split(".")[:2])
 
 
 def required_torch(metadata) -> list[str]:
-    return [line for line in metadata.get_all("Requires-Dist") if line.startswith("torch")]
+    required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
+    return [line for line in required if line.startswith("torch")]
 
 
 @pytest.mark.parametrize("tagged", ["0", "1"])
