@@ -14,11 +14,6 @@ using at::Tensor;
 
 namespace {
 
-// x * y, 0 where x is, whatever y is
-Tensor vanishing_product(const Tensor& x, const Tensor& y) {
-  return x * y.masked_fill((x == 0).logical_and(y.isinf()), 0);
-}
-
 // The terms of formulas/asymmetric.h in its notation
 struct AsymmetricTerms {
   NumberOrTensor gamma_neg, gamma_pos, clip;
@@ -39,8 +34,9 @@ struct AsymmetricTerms {
         u(at::rsub(t, 1)),
         v(times_pos_weight(t, o)) {
     const Tensor x = logits_of(o);
-    p = at::sigmoid(x);
-    not_p = at::sigmoid(-x);
+    const Tensor of_weight = bounded(x);
+    p = at::sigmoid(of_weight);
+    not_p = at::sigmoid(-of_weight);
     of_positive = exact_softplus(-x);
     p_m = clips ? (clip.tensor ? p - *clip.tensor : p - clip.number).clamp_min(0) : p;
     is_above = (p_m > 0).to(p.scalar_type());
@@ -56,11 +52,8 @@ struct AsymmetricTerms {
     return u * negative - v * not_p;
   }
 
-  // m, of which 0 has no logarithm: a constant then, whose slope is 0
-  Tensor base() const {
-    const Tensor m = t * not_p + u * p_m;
-    return m.masked_fill(m == 0, smallest_normal(m.scalar_type()));
-  }
+  // m
+  Tensor base() const { return away_from_0(t * not_p + u * p_m); }
 
   Tensor exponent() const { return gamma_pos.times(t) + gamma_neg.times(u); }
 
@@ -75,7 +68,7 @@ struct AsymmetricTerms {
 template <>
 Tensor Composite<Asymmetric>::losses(const Operands& o, const ParameterTensors& tensors) {
   const AsymmetricTerms terms(o, tensors);
-  return times_weight(terms.weight() * terms.entropy(), o);
+  return times_weight(vanishing_product(terms.weight(), terms.entropy()), o);
 }
 
 template <>

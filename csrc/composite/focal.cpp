@@ -37,7 +37,7 @@ struct FocalTerms : LogisticTerms {
     if (has_own_entropy)
       ce = at::addcmul((of_positive() + of_negative()) * at::softplus(b), b, far_share(), -1);
     m = at::addcmul(q + c, c, q, -2);
-    if (may_be_extreme) m = m.masked_fill(m == 0, smallest_normal(m.scalar_type()));
+    if (may_be_extreme) m = away_from_0(m);
   }
 
   Tensor smoothed(const Tensor& y) const { return y + smoothing.times(at::rsub(y, 0.5)); }
@@ -63,7 +63,7 @@ struct FocalTerms : LogisticTerms {
     const Tensor power = this->power();
     const Tensor weighted_ce = weighted(ce);
     ce.reset();
-    return power * weighted_ce;
+    return product(power, weighted_ce);
   }
 
   // times w

@@ -18,10 +18,7 @@ struct QualityFocalTerms : LogisticTerms {
   Tensor d, m;
 
   explicit QualityFocalTerms(const Operands& o, const ParameterTensors& tensors = {})
-      : LogisticTerms(o), beta(parameter(o, tensors, 0)), d(q - c) {
-    // Powers of 0 have poles; a constant has no slope.
-    m = d.abs().masked_fill(d == 0, smallest_normal(d.scalar_type()));
-  }
+      : LogisticTerms(o), beta(parameter(o, tensors, 0)), d(q - c), m(away_from_0(d.abs())) {}
 
   Tensor power() const { return beta.tensor ? at::pow(m, *beta.tensor) : at::pow(m, beta.number); }
 };
@@ -31,7 +28,7 @@ struct QualityFocalTerms : LogisticTerms {
 template <>
 Tensor Composite<QualityFocal>::losses(const Operands& o, const ParameterTensors& tensors) {
   const QualityFocalTerms terms(o, tensors);
-  return times_weight(terms.power() * terms.ce, o);
+  return times_weight(terms.product(terms.power(), terms.ce), o);
 }
 
 template <>

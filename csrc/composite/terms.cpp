@@ -27,9 +27,10 @@ bool any_may_be_extreme(const Tensor& logits) {
 
 }  // namespace
 
-double smallest_normal(at::ScalarType type) {
-  return type == at::kDouble ? std::numeric_limits<double>::min()
-                             : std::numeric_limits<float>::min();
+Tensor away_from_0(const Tensor& base) {
+  const double smallest = base.scalar_type() == at::kDouble ? std::numeric_limits<double>::min()
+                                                            : std::numeric_limits<float>::min();
+  return base.masked_fill(base.abs() < smallest, smallest);
 }
 
 // By default torch takes x for it from 20 on, which is off by 1e-10 of x.
@@ -45,7 +46,18 @@ LogisticTerms::LogisticTerms(const Operands& o) : x(logits_of(o)), t(smoothed_ta
   // The loss of an infinite logit on the side of its target is 0.
   if (may_be_extreme) b = b.masked_fill((q == 0).logical_and(b.isinf()), kVanishing);
   ce = at::addcmul(at::softplus(b), b, q, -1);
-  c = at::sigmoid(b);
+  // A constant far out, where a product with an infinite ce has no slope
+  c = at::sigmoid(may_be_extreme ? b.clamp_min(kVanishing) : b);
+}
+
+Tensor vanishing_product(const Tensor& x, const Tensor& y) {
+  return x * y.masked_fill((x == 0).logical_and(y.isinf()), 0);
+}
+
+Tensor bounded(const Tensor& logits) { return logits.clamp(kVanishing, -kVanishing); }
+
+Tensor LogisticTerms::product(const Tensor& power, const Tensor& ce) const {
+  return may_be_extreme ? vanishing_product(power, ce) : power * ce;
 }
 
 Tensor LogisticTerms::finite_ce() const {

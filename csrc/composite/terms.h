@@ -34,6 +34,8 @@ struct LogisticTerms {
   at::Tensor q, c;
   at::Tensor ce;  // without pos_weight
 
+  // power * ce; 0 where the power underflows, even if ce is infinite
+  at::Tensor product(const at::Tensor& power, const at::Tensor& ce) const;
   // 0 where the logit is infinite: the limit of what vanishes there, times ce
   at::Tensor finite_ce() const;
 };
@@ -41,10 +43,19 @@ struct LogisticTerms {
 // Of which the exponential is 0
 constexpr double kVanishing = -1e4;
 
-double smallest_normal(at::ScalarType type);
+// Logits as powers of probabilities take them: constant far out, where a product with an infinite
+// loss has no slope
+at::Tensor bounded(const at::Tensor& logits);
+
+// What a power is of, or a quotient by: near 0, where that would be infinite, a constant, which has
+// no slope
+at::Tensor away_from_0(const at::Tensor& base);
 
 // log(1 + exp(x)) to the last digits of float64
 at::Tensor exact_softplus(const at::Tensor& x);
+
+// x * y, 0 where x is, whatever y is
+at::Tensor vanishing_product(const at::Tensor& x, const at::Tensor& y);
 
 // A parameter of a formula: a number, or the tensor in its place
 struct NumberOrTensor {

@@ -29,8 +29,7 @@ struct VarifocalTerms : LogisticTerms {
 
   Tensor weight() const {
     const Tensor of_weight = detaches_weight ? x.detach() : x;
-    // Bounded, for 0 times infinity
-    const Tensor log_p = -exact_softplus(-of_weight.clamp_min(kVanishing));
+    const Tensor log_p = -exact_softplus(-bounded(of_weight));
     return at::where(is_negative, alpha.times(at::exp(gamma.times(log_p))),
                      detaches_weight ? t.detach() : t);
   }
@@ -41,7 +40,7 @@ struct VarifocalTerms : LogisticTerms {
 template <>
 Tensor Composite<Varifocal>::losses(const Operands& o, const ParameterTensors& tensors) {
   const VarifocalTerms terms(o, tensors);
-  return times_weight(terms.weight() * terms.ce, o);
+  return times_weight(terms.product(terms.weight(), terms.ce), o);
 }
 
 template <>

@@ -114,7 +114,9 @@ struct SigmoidFocal {
       const Real m_less = kGamma == 2 ? m : select(g == Real(2), m, one);  // m^(g - 1)
       const Real c_ce = vanishing_product(c, ce);
       const Real turned = fma(m, slope, g * (q - l) * (one - c) * c_ce);
-      const Real focused_ce = kOwnEntropy ? vanishing_product(m_less * m, ce) : m_less * m * ce;
+      // Without an entropy of its own, m is 0 only where ce is: m^2, which underflows first, must
+      // not meet an infinite ce.
+      const Real focused_ce = kOwnEntropy ? vanishing_product(m_less * m, ce) : m_less * (m * ce);
       return {focused_ce, flip_sign(m_less * turned, x)};
     } else {
       const Real g = number<Real>(gamma) * t + number<Real>(gamma_neg) * u;
@@ -133,7 +135,7 @@ struct SigmoidFocal {
       } else {
         const Real turned =
             select(q == zero, (c - one) * sp, (q - l) * vanishing_product(c, ce) / r);
-        return {power * ce, flip_sign(power * fma(g, turned, slope), x)};
+        return {vanishing_product(power, ce), flip_sign(power * fma(g, turned, slope), x)};
       }
     }
   }

@@ -59,7 +59,8 @@ struct QualityFocal {
       const Real m_less = select(b == Real(2), m, one);  // m^(b - 1)
       const Real slope = fma(m, m, b * (one - c) * vanishing_product(c, ce));
       const Real size = select(m == zero, zero, m_less * slope);
-      return {vanishing_product(m_less * m, ce), flip_sign(flip_sign(size, d), x)};
+      // In this order as in focal.h
+      return {m_less * (m * ce), flip_sign(flip_sign(size, d), x)};
     } else {
       const Real r = fma(zero - e, l, q);  // d = r / (1 + e)
       const Real m = abs(r);
