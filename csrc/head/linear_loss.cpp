@@ -77,15 +77,17 @@ class LinearLossCall {
 
   LinearLoss run() {
     const int64_t block_rows = blocks_.block_rows(), block_labels = blocks_.block_labels();
-    TargetBlocks target(o_, block_rows, block_labels);
+    const TargetBlocks targets(o_, block_rows, block_labels);
+    const Tensor logits_buffer = blocks_.make_buffer();
+    TargetBlocks::Buffer target_buffer = targets.make_buffer();
     // Labels outside, so that a block of the weight is cast once, and that of its gradient is
     // complete before the next.
     for_ranges(labels_, block_labels, [&](Range labels, bool first_labels) {
       const Tensor weight = blocks_.weight(labels);
       Tensor grad_weight = grad_weight_sum(labels);
       for_ranges(rows_, block_rows, [&](Range rows, bool first_rows) {
-        const Tensor block = blocks_.logits(rows, labels, weight);
-        add_loss(block, target.block(rows, labels), rows, labels);
+        const Tensor block = blocks_.logits(logits_buffer, rows, labels, weight);
+        add_loss(block, targets.block(target_buffer, rows, labels), rows, labels);
         if (wanted_[0]) {
           Tensor sum = part(grad_input_, 0, rows);
           add_product(sum, block, weight, grad_scale_, !first_labels, labels_);
@@ -164,7 +166,7 @@ class LinearLossCall {
   c10::DeviceGuard device_;
   const LinearOperands& o_;
   Wanted wanted_;
-  LogitBlocks blocks_;
+  const LogitBlocks blocks_;
   int64_t rows_, labels_;
   OptionalTensor grad_loss_;
   double host_divisor_ = 1, grad_scale_ = 1;

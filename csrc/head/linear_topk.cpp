@@ -154,7 +154,8 @@ TopLogits linear_topk(const Tensor& input, const Tensor& linear_weight,
   const LinearOperands o = layer_operands(input, linear_weight, linear_bias, dtype, chunk_bytes);
   check_topk(o, k);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  LogitBlocks blocks(o);
+  const LogitBlocks blocks(o);
+  const Tensor buffer = blocks.make_buffer();
   Tensor values = at::empty({blocks.rows(), k}, input.options().dtype(blocks.product_dtype()));
   const Tensor labels = at::empty({blocks.rows(), k}, input.options().dtype(at::kLong));
   if (values.numel() == 0) return {values.to(o.logits_dtype()), labels};
@@ -163,7 +164,7 @@ TopLogits linear_topk(const Tensor& input, const Tensor& linear_weight,
     for_ranges(blocks.labels(), blocks.block_labels(), [&](Range of, bool) {
       const Tensor weight = blocks.weight(of);
       for_ranges(blocks.rows(), blocks.block_rows(), [&](Range rows, bool) {
-        const Tensor block = blocks.logits(rows, of, weight);
+        const Tensor block = blocks.logits(buffer, rows, of, weight);
         const scalar_t* const data = block.const_data_ptr<scalar_t>();
         at::parallel_for(0, rows.size, 1, [&](int64_t begin, int64_t end) {
           for (int64_t row = begin; row < end; ++row)
@@ -185,14 +186,16 @@ TopLogits linear_topk_composite(const Tensor& input, const Tensor& linear_weight
   const LinearOperands o = layer_operands(input, linear_weight, linear_bias, dtype, chunk_bytes);
   check_topk(o, k);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  LogitBlocks blocks(o);
+  const LogitBlocks blocks(o);
+  const Tensor buffer = blocks.make_buffer();
   const auto options = input.options();
   std::vector<Tensor> values{at::empty({0, k}, options.dtype(blocks.product_dtype()))};
   std::vector<Tensor> labels{at::empty({0, k}, options.dtype(at::kLong))};
   for_ranges(blocks.rows(), blocks.block_rows(), [&](Range rows, bool) {
     TopLogits best{values[0].new_empty({rows.size, 0}), labels[0].new_empty({rows.size, 0})};
     for_ranges(blocks.labels(), blocks.block_labels(), [&](Range of, bool) {
-      const auto [largest, places] = topk_of_block(blocks.logits(rows, of, blocks.weight(of)), k);
+      const Tensor block = blocks.logits(buffer, rows, of, blocks.weight(of));
+      const auto [largest, places] = topk_of_block(block, k);
       best = merge(best, {largest, places + of.begin}, k);
     });
     values.push_back(std::get<0>(best));

@@ -39,7 +39,6 @@ LogitBlocks::LogitBlocks(const LinearOperands& operands)
       product_dtype_(choose_product_dtype(o_)),
       input_(as_factor(o_.input)) {
   choose_blocks();
-  buffer_ = at::empty({block_rows_ * block_labels_}, o_.input.options().dtype(product_dtype_));
 }
 
 Tensor LogitBlocks::as_factor(const Tensor& t) const {
@@ -69,8 +68,13 @@ void LogitBlocks::choose_blocks() {
   longer = at_most(std::max(labels_, rows_), elements / width);
 }
 
-Tensor LogitBlocks::logits(Range rows, Range labels, const Tensor& weight) {
-  Tensor block = buffer_.narrow(0, 0, rows.size * labels.size).view({rows.size, labels.size});
+Tensor LogitBlocks::make_buffer() const {
+  return at::empty({block_rows_ * block_labels_}, o_.input.options().dtype(product_dtype_));
+}
+
+Tensor LogitBlocks::logits(const Tensor& buffer, Range rows, Range labels,
+                           const Tensor& weight) const {
+  Tensor block = buffer.narrow(0, 0, rows.size * labels.size).view({rows.size, labels.size});
   if (o_.linear_bias)
     at::addmm_out(block, as_factor(part(*o_.linear_bias, 0, labels)), input(rows), weight.t());
   else

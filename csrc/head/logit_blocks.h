@@ -41,8 +41,11 @@ class LogitBlocks {
   at::Tensor input(Range rows) const { return part(input_, 0, rows); }
   // A block of the weight as a factor, to be used for all its rows
   at::Tensor weight(Range labels) const;
-  // Rounded to the dtype of the logits; valid until the next call.
-  at::Tensor logits(Range rows, Range labels, const at::Tensor& weight);
+  // Memory for a block of logits
+  at::Tensor make_buffer() const;
+  // Rounded to the dtype of the logits; in the buffer.
+  at::Tensor logits(const at::Tensor& buffer, Range rows, Range labels,
+                    const at::Tensor& weight) const;
 
  private:
   at::Tensor as_factor(const at::Tensor& t) const;
@@ -53,7 +56,6 @@ class LogitBlocks {
   at::ScalarType logits_dtype_, product_dtype_;
   at::Tensor input_;
   int64_t block_rows_ = 1, block_labels_ = 1;
-  at::Tensor buffer_;
 };
 
 }  // namespace fused_bce

@@ -13,7 +13,8 @@ namespace fused_bce {
 
 using at::Tensor;
 
-TargetBlocks::TargetBlocks(const LinearOperands& o, int64_t block_rows, int64_t block_labels) {
+TargetBlocks::TargetBlocks(const LinearOperands& o, int64_t block_rows, int64_t block_labels)
+    : block_elements_(block_rows * block_labels) {
   if (!o.offsets) {
     dense_ = o.target;
     return;
@@ -42,14 +43,18 @@ TargetBlocks::TargetBlocks(const LinearOperands& o, int64_t block_rows, int64_t 
     rows_ = rows_.index_select(0, order);
     if (o.values) values_ = values_.index_select(0, order);
   }
-  const auto dtype = o.values ? values_.scalar_type() : at::kBool;
-  buffer_ = at::zeros({block_rows * block_labels + 1}, labels_.options().dtype(dtype));
 }
 
-Tensor TargetBlocks::block(Range rows, Range labels) {
+TargetBlocks::Buffer TargetBlocks::make_buffer() const {
+  if (dense_.defined()) return {};
+  const auto dtype = values_.defined() ? values_.scalar_type() : at::kBool;
+  return {at::zeros({block_elements_ + 1}, labels_.options().dtype(dtype)), {}};
+}
+
+Tensor TargetBlocks::block(Buffer& buffer, Range rows, Range labels) const {
   if (dense_.defined())
     return dense_.narrow(0, rows.begin, rows.size).narrow(1, labels.begin, labels.size);
-  return sparse_block(rows, labels);
+  return sparse_block(buffer, rows, labels);
 }
 
 Range TargetBlocks::candidates(Range rows, Range labels) const {
@@ -74,8 +79,9 @@ Range TargetBlocks::candidates(Range rows, Range labels) const {
 
 // Positives outside the block, and places that belong to no row, go to the last element: with a
 // mask the host would have to wait for their number.
-Tensor TargetBlocks::sparse_block(Range rows, Range labels) {
-  if (written_.defined()) buffer_.index_fill_(0, written_, 0);
+Tensor TargetBlocks::sparse_block(Buffer& buffer, Range rows, Range labels) const {
+  auto& [elements, written] = buffer;
+  if (written.defined()) elements.index_fill_(0, written, 0);
   const Range near = candidates(rows, labels);
   const Tensor row = rows_.narrow(0, near.begin, near.size) - rows.begin;
   const Tensor label = labels_.narrow(0, near.begin, near.size) - labels.begin;
@@ -83,15 +89,15 @@ Tensor TargetBlocks::sparse_block(Range rows, Range labels) {
                             .logical_and_(row < rows.size)
                             .logical_and_(label >= 0)
                             .logical_and_(label < labels.size);
-  const int64_t nobodys = buffer_.numel() - 1;
-  written_ = (row.to(at::kLong) * labels.size + label).masked_fill_(inside.logical_not(), nobodys);
+  const int64_t nobodys = elements.numel() - 1;
+  written = (row.to(at::kLong) * labels.size + label).masked_fill_(inside.logical_not(), nobodys);
   if (values_.defined())
     // The largest where a label occurs twice in a row, so that the order does not matter.
-    buffer_.scatter_reduce_(0, written_, values_.narrow(0, near.begin, near.size), "amax",
-                            /*include_self=*/false);
+    elements.scatter_reduce_(0, written, values_.narrow(0, near.begin, near.size), "amax",
+                             /*include_self=*/false);
   else
-    buffer_.index_fill_(0, written_, 1);
-  return buffer_.narrow(0, 0, rows.size * labels.size).view({rows.size, labels.size});
+    elements.index_fill_(0, written, 1);
+  return elements.narrow(0, 0, rows.size * labels.size).view({rows.size, labels.size});
 }
 
 }  // namespace fused_bce

@@ -11,11 +11,17 @@ class TargetBlocks {
   // Blocks have at most so many rows and labels.
   TargetBlocks(const LinearOperands& operands, int64_t block_rows, int64_t block_labels);
 
-  // Valid until the next call.
-  at::Tensor block(Range rows, Range labels);
+  // Memory for a block of targets
+  struct Buffer {
+    at::Tensor elements;  // all 0 but at `written`; the last one takes what no block has
+    at::Tensor written;
+  };
+  Buffer make_buffer() const;
+  // Valid until the buffer is used again
+  at::Tensor block(Buffer& buffer, Range rows, Range labels) const;
 
  private:
-  at::Tensor sparse_block(Range rows, Range labels);
+  at::Tensor sparse_block(Buffer& buffer, Range rows, Range labels) const;
   // The positives among which all of this block are
   Range candidates(Range rows, Range labels) const;
 
@@ -26,8 +32,7 @@ class TargetBlocks {
   // labels, or of the rows, as they came; else each block looks at all of them.
   bool by_label_ = false, by_row_ = false;
   at::Tensor offsets_;
-  at::Tensor buffer_;  // all 0 but at written_; its last element takes what no block has
-  at::Tensor written_;
+  int64_t block_elements_;
 };
 
 }  // namespace fused_bce
