@@ -75,7 +75,8 @@ def linear_binary_cross_entropy_with_logits(
         ignore_index: of dense targets; or ``math.nan``, for values of a SparseTarget that are
             missing. See :func:`binary_cross_entropy_with_logits`.
         validate_targets: raises for targets outside [0, 1].
-        chunk_bytes: most bytes of a block of logits; None: by device, 4 MiB on the CPU.
+        chunk_bytes: most bytes of the blocks of logits that exist at a time; None: by device, on
+            the CPU 4 MiB, or 1 MiB for each thread if that is more.
         recompute: computes the gradients in backward, for which it computes the logits once more.
             With parts they always are.
 

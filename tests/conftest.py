@@ -100,6 +100,13 @@ def deselect(config, items, unwanted):
     items[:] = [item for item in items if item not in unwanted]
 
 
+@pytest.fixture
+def set_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 def pytest_terminal_summary(terminalreporter):
     devices, kernels = ", ".join(DEVICES), ", ".join(KERNELS)
     missing = "" if GPUS else f"; {why_no_cuda()}, so tests for a GPU are not selected"

@@ -28,7 +28,9 @@ constexpr std::array kGrads = {"grad_input", "grad_weight", "grad_bias"};
 
 Tensor target_matrix(const LinearOperands& o) {
   const int64_t rows = o.input.size(0), labels = o.linear_weight.size(0);
-  return TargetBlocks(o, rows, labels).block({0, rows}, {0, labels});
+  const TargetBlocks targets(o, rows, labels);
+  TargetBlocks::Buffer buffer = targets.make_buffer();
+  return targets.block(buffer, {0, rows}, {0, labels});
 }
 
 struct LinearBCEWithLogitsFunction : torch::autograd::Function<LinearBCEWithLogitsFunction> {

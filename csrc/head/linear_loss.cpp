@@ -1,6 +1,8 @@
 // The loss of a linear layer's logits and its gradients, block of logits by block: the products are
 // torch's, the loss and its gradient are the kernels', which write it over the logits.
+#include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/ThreadLocalState.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
@@ -9,7 +11,10 @@
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 
+#include <algorithm>
+#include <atomic>
 #include <string>
+#include <vector>
 
 #include "../operands.h"
 #include "linear_operands.h"
@@ -32,6 +37,8 @@ namespace {
 // The CPU has no product of bfloat16 with a sum in float32. Each of so many products is rounded,
 // their sum is not: with one alone, the result would be rounded twice.
 constexpr int64_t kRoundedProducts = 8;
+
+constexpr int64_t kSharesOfThread = 4;
 
 // sum = alpha a b, or with more, sum += alpha a b, added up in the dtype of the sum. Of all that is
 // added up, `terms` are those of one element.
@@ -57,39 +64,101 @@ class LinearLossCall {
       : device_(operands.input.device()),
         o_(operands),
         wanted_(wanted),
-        blocks_(o_),
+        blocks_(o_, choose_threads()),
+        targets_(o_, blocks_.block_rows(), blocks_.block_labels()),
         rows_(blocks_.rows()),
         labels_(blocks_.labels()),
         grad_loss_(grad_loss) {
     set_divisor();
-    const auto options = o_.input.options();
-    sum_ = at::zeros({}, options.dtype(at::kDouble));
-    const auto gradient = [&](bool of, at::IntArrayRef sizes) {
-      // What has no rows or labels gets no block.
-      return at::zeros(of ? sizes : at::IntArrayRef({0}), options.dtype(o_.wide_dtype()));
-    };
-    grad_input_ = gradient(wanted_[0], o_.input.sizes());
-    grad_bias_ = gradient(wanted_[2], {labels_});
+    // What has no rows or labels gets no block.
+    grad_bias_ = zeros({wanted_[2] ? labels_ : 0}, o_.wide_dtype());
     grad_weight_ = wanted_[1] ? allocate_like(o_.linear_weight, o_.linear_weight.scalar_type())
                               : at::empty({0}, o_.linear_weight.options());
     if (rows_ == 0) grad_weight_.zero_();
   }
 
   LinearLoss run() {
-    const int64_t block_rows = blocks_.block_rows(), block_labels = blocks_.block_labels();
-    const TargetBlocks targets(o_, block_rows, block_labels);
-    const Tensor logits_buffer = blocks_.make_buffer();
-    TargetBlocks::Buffer target_buffer = targets.make_buffer();
-    // Labels outside, so that a block of the weight is cast once, and that of its gradient is
-    // complete before the next.
-    for_ranges(labels_, block_labels, [&](Range labels, bool first_labels) {
+    std::vector<Sums> sums(static_cast<size_t>(number_of_shares()));
+    std::atomic<size_t> next{0};
+    const auto work = [&] {
+      Buffers buffers{blocks_.make_buffer(), targets_.make_buffer()};
+      for (size_t i; (i = next++) < sums.size();) sums[i] = add_up(share(i, sums.size()), buffers);
+    };
+    if (sums.size() == 1) {
+      work();
+    } else {
+      const at::ThreadLocalState state;  // what is below autograd, and profiled
+      at::parallel_for(0, blocks_.threads(), 1, [&](int64_t, int64_t) {
+        const at::ThreadLocalStateGuard same(state);
+        work();
+      });
+    }
+    return results(sums);
+  }
+
+ private:
+  // What a thread has of its own
+  struct Buffers {
+    Tensor logits;
+    TargetBlocks::Buffer target;
+  };
+  // Over a share of the labels
+  struct Sums {
+    Tensor loss, grad_input;
+  };
+
+  Tensor zeros(at::IntArrayRef sizes, at::ScalarType dtype) const {
+    return at::zeros(sizes, o_.input.options().dtype(dtype));
+  }
+
+  bool any_wanted() const { return wanted_[0] || wanted_[1] || wanted_[2]; }
+
+  int64_t bytes_of_grad_input() const {
+    const auto size = static_cast<int64_t>(c10::elementSize(o_.wide_dtype()));
+    return wanted_[0] ? o_.input.numel() * size : 0;
+  }
+
+  // Threads that take blocks of their own wait for each other once, not at the end of each product
+  // and each loss. Their sums may need as much memory as their blocks.
+  int choose_threads() const {
+    if (!o_.input.is_cpu() || at::in_parallel_region()) return 1;
+    const int threads = at::get_num_threads();
+    return threads * bytes_of_grad_input() <= chunk_bytes_of(o_, threads) ? threads : 1;
+  }
+
+  // Several for a thread, so that one that other work slows down takes fewer. Each has sums of its
+  // own, which are added up in order: the same from run to run, whoever takes which.
+  int64_t number_of_shares() const {
+    const int threads = blocks_.threads();
+    if (threads == 1) return 1;
+    const int64_t most = chunk_bytes_of(o_, threads) / std::max<int64_t>(bytes_of_grad_input(), 1);
+    return std::min({kSharesOfThread * threads, blocks_.parts_of_labels(), most});
+  }
+
+  // Of whole blocks
+  Range share(size_t i, size_t shares) const {
+    const auto bound = [&](size_t j) {
+      const auto block =
+          static_cast<int64_t>(j) * blocks_.parts_of_labels() / static_cast<int64_t>(shares);
+      return std::min(block * blocks_.block_labels(), labels_);
+    };
+    return {bound(i), bound(i + 1) - bound(i)};
+  }
+
+  // Labels outside, so that a block of the weight is cast once, and that of its gradient is
+  // complete before the next.
+  Sums add_up(Range share, Buffers& buffers) {
+    Sums sums{zeros({}, at::kDouble),
+              zeros(wanted_[0] ? o_.input.sizes() : at::IntArrayRef({0}), o_.wide_dtype())};
+    for_ranges(share.size, blocks_.block_labels(), [&](Range of_share, bool first_labels) {
+      const Range labels{share.begin + of_share.begin, of_share.size};
       const Tensor weight = blocks_.weight(labels);
       Tensor grad_weight = grad_weight_sum(labels);
-      for_ranges(rows_, block_rows, [&](Range rows, bool first_rows) {
-        const Tensor block = blocks_.logits(logits_buffer, rows, labels, weight);
-        add_loss(block, targets.block(target_buffer, rows, labels), rows, labels);
+      for_ranges(rows_, blocks_.block_rows(), [&](Range rows, bool first_rows) {
+        const Tensor block = blocks_.logits(buffers.logits, rows, labels, weight);
+        sums.loss.add_(loss_of(block, targets_.block(buffers.target, rows, labels), rows, labels));
         if (wanted_[0]) {
-          Tensor sum = part(grad_input_, 0, rows);
+          Tensor sum = part(sums.grad_input, 0, rows);
           add_product(sum, block, weight, grad_scale_, !first_labels, labels_);
         }
         if (wanted_[1])
@@ -99,11 +168,8 @@ class LinearLossCall {
       });
       finish_grad_weight(labels, grad_weight);
     });
-    return results();
+    return sums;
   }
-
- private:
-  bool any_wanted() const { return wanted_[0] || wanted_[1] || wanted_[2]; }
 
   // As a factor of the products if the host knows it, else of what they give.
   void set_divisor() {
@@ -126,7 +192,7 @@ class LinearLossCall {
   }
 
   // Leaves the gradient in the block of logits.
-  void add_loss(const Tensor& block, const Tensor& target, Range rows, Range labels) {
+  Tensor loss_of(const Tensor& block, const Tensor& target, Range rows, Range labels) const {
     Operands o;
     o.options() = o_.options();
     o.logits = block;
@@ -135,11 +201,11 @@ class LinearLossCall {
     o.pos_weight = part_of(o_.pos_weight, rows, labels);
     o.reduction = at::Reduction::Sum;
     o.dtype = at::kDouble;
-    sum_.add_(any_wanted() ? forward_over_logits(o) : forward(o));
+    return any_wanted() ? forward_over_logits(o) : forward(o);
   }
 
   // Where the block's gradient is added up: in place, unless that would round each part of it.
-  Tensor grad_weight_sum(Range labels) {
+  Tensor grad_weight_sum(Range labels) const {
     if (!wanted_[1]) return {};
     Tensor place = part(grad_weight_, 0, labels);
     const bool once =
@@ -148,7 +214,7 @@ class LinearLossCall {
     return at::empty(place.sizes(), place.options().dtype(o_.wide_dtype()));
   }
 
-  void finish_grad_weight(Range labels, Tensor& sum) {
+  void finish_grad_weight(Range labels, Tensor& sum) const {
     if (!wanted_[1] || rows_ == 0) return;
     if (grad_loss_) sum.mul_(*grad_loss_);
     if (late_divisor_.defined()) sum.div_(late_divisor_);
@@ -156,23 +222,28 @@ class LinearLossCall {
     if (!sum.is_alias_of(place)) place.copy_(sum);
   }
 
-  LinearLoss results() {
-    const Tensor loss = sum_ / host_divisor_;
+  LinearLoss results(std::vector<Sums>& shares) const {
+    auto& [sum, grad_input] = shares[0];
+    for (size_t i = 1; i < shares.size(); ++i) {
+      sum.add_(shares[i].loss);
+      grad_input.add_(shares[i].grad_input);
+    }
+    const Tensor loss = sum / host_divisor_;
     if (late_divisor_.defined())
-      for (const Tensor& sum : {loss, grad_input_, grad_bias_}) sum.div_(late_divisor_);
-    return {loss.to(o_.loss_dtype()), grad_input_, grad_weight_, grad_bias_};
+      for (const Tensor& divided : {loss, grad_input, grad_bias_}) divided.div_(late_divisor_);
+    return {loss.to(o_.loss_dtype()), grad_input, grad_weight_, grad_bias_};
   }
 
   c10::DeviceGuard device_;
   const LinearOperands& o_;
   Wanted wanted_;
   const LogitBlocks blocks_;
+  const TargetBlocks targets_;
   int64_t rows_, labels_;
   OptionalTensor grad_loss_;
   double host_divisor_ = 1, grad_scale_ = 1;
   Tensor late_divisor_;
-  Tensor sum_;
-  Tensor grad_input_, grad_weight_, grad_bias_;
+  Tensor grad_weight_, grad_bias_;
 };
 
 // fused_bce.functional has checked most of this and said more: see fused_bce/checks.py.

@@ -17,6 +17,7 @@ namespace {
 // Of a block of logits. On the CPU it stays in the cache between the kernels and the products; a
 // GPU has to be filled.
 constexpr int64_t kChunkBytesOnCpu = int64_t{4} << 20;
+constexpr int64_t kLeastBytesOfThread = int64_t{1} << 20;
 constexpr int64_t kChunkBytesOnGpu = int64_t{256} << 20;
 // Products of blocks narrower than this are slow.
 constexpr int64_t kLeastWidth = 256;
@@ -31,14 +32,25 @@ at::ScalarType choose_product_dtype(const LinearOperands& o) {
 
 }  // namespace
 
-LogitBlocks::LogitBlocks(const LinearOperands& operands)
+int64_t chunk_bytes_of(const LinearOperands& o, int threads) {
+  if (o.chunk_bytes > 0) return o.chunk_bytes;
+  return o.input.is_cpu() ? std::max(kChunkBytesOnCpu, threads * kLeastBytesOfThread)
+                          : kChunkBytesOnGpu;
+}
+
+LogitBlocks::LogitBlocks(const LinearOperands& operands, int threads)
     : o_(operands),
       rows_(o_.input.size(0)),
       labels_(o_.linear_weight.size(0)),
+      threads_(threads),
       logits_dtype_(o_.logits_dtype()),
       product_dtype_(choose_product_dtype(o_)),
       input_(as_factor(o_.input)) {
   choose_blocks();
+  if (parts_of_labels() < threads_) {
+    threads_ = 1;
+    choose_blocks();
+  }
 }
 
 Tensor LogitBlocks::as_factor(const Tensor& t) const {
@@ -51,8 +63,7 @@ Tensor LogitBlocks::weight(Range labels) const {
 
 // Of the longer of both sides, and of the shorter one where a block would be too narrow.
 void LogitBlocks::choose_blocks() {
-  const int64_t by_default = o_.input.is_cpu() ? kChunkBytesOnCpu : kChunkBytesOnGpu;
-  const int64_t bytes = o_.chunk_bytes > 0 ? o_.chunk_bytes : by_default;
+  const int64_t bytes = chunk_bytes_of(o_, threads_) / threads_;
   const int64_t elements =
       std::max<int64_t>(bytes / static_cast<int64_t>(c10::elementSize(product_dtype_)), 1);
   const auto square = static_cast<int64_t>(std::sqrt(static_cast<double>(elements)));

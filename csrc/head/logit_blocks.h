@@ -25,16 +25,23 @@ inline at::Tensor part(const at::Tensor& t, int64_t dim, Range range) {
   return t.narrow(dim, range.begin, range.size);
 }
 
+// Most bytes of the blocks of logits that so many threads hold at a time
+int64_t chunk_bytes_of(const LinearOperands& operands, int threads);
+
 class LogitBlocks {
  public:
-  // Reads the input, the layer, dtype and chunk_bytes; keeps a reference.
-  explicit LogitBlocks(const LinearOperands& operands);
+  // Reads the input, the layer, dtype and chunk_bytes; keeps a reference. For so many threads with
+  // a block each, if the labels are enough for that; else for one.
+  explicit LogitBlocks(const LinearOperands& operands, int threads = 1);
 
   int64_t rows() const { return rows_; }
   int64_t labels() const { return labels_; }
+  int threads() const { return threads_; }
   // The most rows and labels of a block
   int64_t block_rows() const { return block_rows_; }
   int64_t block_labels() const { return block_labels_; }
+  // How many parts block_labels() makes of the labels
+  int64_t parts_of_labels() const { return (labels_ + block_labels_ - 1) / block_labels_; }
   // Of the factors of the products, and of the blocks
   at::ScalarType product_dtype() const { return product_dtype_; }
 
@@ -53,6 +60,7 @@ class LogitBlocks {
 
   const LinearOperands& o_;
   int64_t rows_, labels_;
+  int threads_;
   at::ScalarType logits_dtype_, product_dtype_;
   at::Tensor input_;
   int64_t block_rows_ = 1, block_labels_ = 1;

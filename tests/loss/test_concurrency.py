@@ -59,13 +59,6 @@ def in_threads(function, *arguments):
         return [future.result(HANGS) for future in futures]
 
 
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @by_reduction
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=dtype_name)
 @pytest.mark.parametrize("numel", SIZES)

@@ -521,7 +521,7 @@ HEAD = {
     ),
     "positives of the block before": Fault(
         "csrc/head/target_blocks.cpp",
-        "  if (written_.defined()) buffer_.index_fill_(0, written_, 0);\n",
+        "  if (written.defined()) elements.index_fill_(0, written, 0);\n",
         "",
         "head/test_head.py",
     ),
@@ -536,6 +536,20 @@ HEAD = {
         "grad_scale_, !first_rows,",
         "grad_scale_, false,",
         "head/test_head.py",
+    ),
+    "threads that share a block": Fault(
+        "csrc/head/linear_loss.cpp",
+        "    const auto work = [&] {\n"
+        "      Buffers buffers{blocks_.make_buffer(), targets_.make_buffer()};\n",
+        "    Buffers buffers{blocks_.make_buffer(), targets_.make_buffer()};\n"
+        "    const auto work = [&] {\n",
+        "head/test_head_threads.py",
+    ),
+    "the first share of the input's gradient alone": Fault(
+        "csrc/head/linear_loss.cpp",
+        "grad_input.add_(shares[i].grad_input);",
+        "",
+        "head/test_head_threads.py",
     ),
     "a head's gradient in half precision": Fault(
         "csrc/head/linear_autograd.cpp",

@@ -1,0 +1,69 @@
+"""Threads of the CPU take blocks of labels of their own where there are enough of them."""
+
+import pytest
+import torch
+from head_cases import (
+    CHUNKS,
+    as_rows,
+    by_head_dtype,
+    draw_operands,
+    draw_target,
+    evaluate,
+    exact,
+    head,
+    relative_error,
+)
+
+ROWS, LABELS = 32, 5003
+CHUNK = 2**16  # seven threads' gradients of the features are as much
+
+by_threads = pytest.mark.parametrize("threads", [1, 2, 3, 7])
+
+
+@by_threads
+@pytest.mark.parametrize("wanted", [(0, 1, 2), (1,), (0,)], ids=["all", "weight", "input"])
+@by_head_dtype
+def test_values(set_threads, dtype, wanted, threads):
+    """Also where the sums of some gradient are not there, for it is not wanted."""
+    operands = draw_operands("cpu", dtype, rows=ROWS, labels=LABELS)
+    target = draw_target(ROWS, LABELS, density=0.01)
+    want = exact(operands, target)
+    for i, operand in enumerate(operands):
+        operand.requires_grad_(i in wanted)
+    set_threads(threads)
+    loss = head(*operands[:2], as_rows(target), linear_bias=operands[2], chunk_bytes=CHUNK)
+    # Half types round the logits, and each gradient once. Sums in float32 or float64 have up to
+    # 5,003 terms, of which each rounds the last digit.
+    most = (8 if dtype.itemsize == 2 else 64) * torch.finfo(dtype).eps
+    assert relative_error(loss.detach(), want.loss) <= most
+    grads = torch.autograd.grad(loss, [operands[i] for i in wanted])
+    for i, grad in zip(wanted, grads, strict=True):
+        assert relative_error(grad, want.grads[i]) <= most
+
+
+@by_threads
+@pytest.mark.parametrize("chunk_bytes", [CHUNK, *CHUNKS.values()])
+def test_same_bits_from_run_to_run(set_threads, chunk_bytes, threads):
+    """Whichever thread takes which labels."""
+    operands = draw_operands("cpu", rows=ROWS, labels=1500)
+    target = as_rows(draw_target(ROWS, 1500))
+    set_threads(threads)
+    first = evaluate(operands, target, chunk_bytes=chunk_bytes)
+    for _ in range(5 if chunk_bytes == CHUNK else 1):
+        again = evaluate(operands, target, chunk_bytes=chunk_bytes)
+        assert torch.equal(first.loss, again.loss)
+        assert all(torch.equal(a, b) for a, b in zip(first.grads, again.grads, strict=True))
+
+
+def test_profiles_show_all_blocks(set_threads):
+    """Also those of the other threads."""
+    operands = draw_operands("cpu", rows=ROWS, labels=LABELS)
+    target = as_rows(draw_target(ROWS, LABELS))
+    products = []
+    for threads in (1, 2, 7):
+        set_threads(threads)
+        with torch.profiler.profile() as profile:
+            evaluate(operands, target, chunk_bytes=threads * CHUNK)  # a block has CHUNK of them
+        products.append([event.name for event in profile.events()].count("aten::addmm"))
+    assert products == [products[0]] * 3
+    assert products[0] > 10
