@@ -239,8 +239,11 @@ def problems_of(body: str, expected: Expected) -> list[str]:
     # Of several branches the shortest would be one that other numbers take.
     loop = whole if expected in BRANCHES else [code.texts[i] for i in code.way(first, {last})]
     elements = count(whole, "STG") * expected.lanes
-    outside = len(code.way(0, {first})) - 1 + len(code.end_of_block(first, last))
-    per_element = len(loop) / elements + outside / ELEMENTS_OF_THREAD
+    before = [code.texts[i] for i in code.way(0, {first})[:-1]]
+    outside = len(before) + len(code.end_of_block(first, last))
+    # Some turns may be laid out before the loop.
+    in_loop = 1 - count(before, "STG") * expected.lanes / ELEMENTS_OF_THREAD
+    per_element = in_loop * len(loop) / elements + outside / ELEMENTS_OF_THREAD
     loads = loads_under_way(loop)
     apart = stores_apart(whole)
     narrow = count(whole, r"STG(?!.*\.128)")
