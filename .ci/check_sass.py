@@ -31,7 +31,9 @@ FLOAT32_INT64, BFLOAT16_INT64 = "fl", "13__nv_bfloat16l"
 BFLOAT16_FLOAT32 = "13__nv_bfloat16f"
 
 ELEMENTS_OF_THREAD = 32  # of a chunk of 8,192, by 256 threads
-MOST_STACK = 16  # bytes, for what a chunk needs once; in the loop nothing is spilled
+MOST_STACK = 32  # bytes, for what a chunk needs once; in the loop nothing is spilled
+# An element, beyond the table: for sm_120 ptxas has each operation of float64 followed by waits.
+MORE_INSTRUCTIONS = {"sm_100": 2, "sm_120": 3}
 LEAST_SUMS = 8  # of other blocks, that the last block loads at once
 LOCAL = r"\b(LDL|STL)\b"
 # The stores of one thread are this many bytes apart, if those of a warp are side by side.
@@ -67,8 +69,8 @@ EXPECTED = [
     Expected(BCE, BFLOAT16_BOOL, PLAIN, 33, 4),
     Expected(BCE, BFLOAT16_FLOAT32, PLAIN, 33, 4),
     # With a gamma of 2
-    Expected(FOCAL, FLOAT32, PLAIN, 53, 4),
-    Expected(FOCAL, BFLOAT16, PLAIN, 55, 4),
+    Expected(FOCAL, FLOAT32, PLAIN, 52, 4),
+    Expected(FOCAL, BFLOAT16, PLAIN, 54, 4),
     *(
         Expected(BCE, dtypes, variant, most, 2)
         for dtypes in (FLOAT32, FLOAT32_BOOL, BFLOAT16, BFLOAT16_BOOL)
@@ -228,8 +230,9 @@ def stores_apart(loop: list[str]) -> int:
     return min(apart, default=sys.maxsize)
 
 
-def problems_of(body: str, expected: Expected) -> list[str]:
+def problems_of(body: str, expected: Expected, arch: str) -> list[str]:
     """Prints what it counts, and returns what is wrong."""
+    most_instructions = expected.most_instructions + MORE_INSTRUCTIONS.get(arch, 0)
     code = Code(body)
     ends = code.hot_loop()
     if ends is None:
@@ -239,8 +242,11 @@ def problems_of(body: str, expected: Expected) -> list[str]:
     # Of several branches the shortest would be one that other numbers take.
     loop = whole if expected in BRANCHES else [code.texts[i] for i in code.way(first, {last})]
     elements = count(whole, "STG") * expected.lanes
-    outside = len(code.way(0, {first})) - 1 + len(code.end_of_block(first, last))
-    per_element = len(loop) / elements + outside / ELEMENTS_OF_THREAD
+    before = [code.texts[i] for i in code.way(0, {first})[:-1]]
+    outside = len(before) + len(code.end_of_block(first, last))
+    # Some turns may be laid out before the loop.
+    in_loop = 1 - count(before, "STG") * expected.lanes / ELEMENTS_OF_THREAD
+    per_element = in_loop * len(loop) / elements + outside / ELEMENTS_OF_THREAD
     loads = loads_under_way(loop)
     apart = stores_apart(whole)
     narrow = count(whole, r"STG(?!.*\.128)")
@@ -253,7 +259,7 @@ def problems_of(body: str, expected: Expected) -> list[str]:
     return [
         text
         for bad, text in (
-            (per_element > expected.most_instructions, "more instructions than expected"),
+            (per_element > most_instructions, "more instructions than expected"),
             (loads < expected.least_loads, "fewer loads under way than expected"),
             (apart < WARP_BYTES, "stores of neighbouring threads are not side by side"),
             (narrow, f"{narrow} stores narrower than 128 bits"),
@@ -287,7 +293,7 @@ def main(path: str) -> int:
             registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage[arch, name]).groups()
             print(f"{expected.formula.lstrip('0123456789')}, {expected.dtypes}, ", end="")
             print(f"variant {expected.variant}, {arch}, {registers} registers: ", end="")
-            problems = problems_of(body, expected)
+            problems = problems_of(body, expected, arch)
             if int(stack) > MOST_STACK:
                 problems.append(f"{stack} bytes of stack")
             for problem in problems:

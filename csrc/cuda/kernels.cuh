@@ -353,31 +353,24 @@ __device__ __forceinline__ double run_chunk(const Formula& formula, const Argume
   return sum;
 }
 
+// The chunks of this block, each of which leaves its sum
 template <class S, class Formula>
-__device__ __forceinline__ double run_chunk_of(const Formula& formula, const Arguments& a,
-                                               unsigned chunk, typename S::C grad_scale) {
-  // Where the formula has one that takes its place for the usual numbers
+__device__ __forceinline__ void run_chunks(const Formula& formula, const Arguments& a,
+                                           const Workspace& workspace) {
+  // Where the formula has one that takes its place for the usual numbers. Before the loop: what the
+  // other needs is not computed.
   if constexpr (S::kPlain && requires { formula.is_usual(); })
-    if (formula.is_usual())
-      return run_chunk_of<S>(typename Formula::Usual{formula}, a, chunk, grad_scale);
-  return chunk < a.whole_chunks ? run_chunk<S, true>(formula, a, chunk, grad_scale)
-                                : run_chunk<S, false>(formula, a, chunk, grad_scale);
-}
+    if (formula.is_usual()) return run_chunks<S>(typename Formula::Usual{formula}, a, workspace);
 
-template <class Formula, class L, class T, Pass kPass, Variant kVariant>
-__global__ void __launch_bounds__(kThreads,
-                                  (blocks_at_once<Formula, Shape<L, T, kPass, kVariant>>()))
-    loss_kernel(const __grid_constant__ Arguments a, Workspace workspace) {
-  using S = Shape<L, T, kPass, kVariant>;
   using C = typename S::C;
   const Problem& p = a.problem;
-  const Formula formula(p);
   C grad_scale = static_cast<C>(p.divisor_on_gpu ? 1 / divisor_of(p) : a.grad_scale);
   if (S::kPlain && S::kFolds) grad_scale *= load_number<C>(a.folded);
 
   for (unsigned chunk = blockIdx.x; chunk < a.chunks; chunk += gridDim.x) {
-    double sum = run_chunk_of<S>(formula, a, chunk, grad_scale);
-    if constexpr (has_sum(kPass)) {
+    double sum = chunk < a.whole_chunks ? run_chunk<S, true>(formula, a, chunk, grad_scale)
+                                        : run_chunk<S, false>(formula, a, chunk, grad_scale);
+    if constexpr (has_sum(S::kPass)) {
       sum = block_sum(sum);
       if (threadIdx.x == 0) {
         if (a.chunks == 1)
@@ -387,8 +380,17 @@ __global__ void __launch_bounds__(kThreads,
       }
     }
   }
+}
+
+template <class Formula, class L, class T, Pass kPass, Variant kVariant>
+__global__ void __launch_bounds__(kThreads,
+                                  (blocks_at_once<Formula, Shape<L, T, kPass, kVariant>>()))
+    loss_kernel(const __grid_constant__ Arguments a, Workspace workspace) {
+  using S = Shape<L, T, kPass, kVariant>;
+  run_chunks<S>(Formula(a.problem), a, workspace);
   if constexpr (has_sum(kPass))
-    if (workspace.ticket && is_last_block(workspace.ticket)) add_up(p, workspace.sums, a.chunks);
+    if (workspace.ticket && is_last_block(workspace.ticket))
+      add_up(a.problem, workspace.sums, a.chunks);
 }
 
 // The one with the fewest instructions that can do it

@@ -1,28 +1,10 @@
 // Calls of the kernels for float32, in plain C, for mutants.py. They return null, or what went
 // wrong.
-#include <exception>
-#include <string>
-
 #include "../../csrc/cuda/launch.cuh"
 #include "../../csrc/problem.h"
+#include "caught.h"
 
 using namespace fused_bce;
-
-namespace {
-
-template <class Call>
-const char* caught(Call call) {
-  static std::string message;
-  try {
-    call();
-    return nullptr;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
-}
-
-}  // namespace
 
 extern "C" {
 

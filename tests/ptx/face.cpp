@@ -1,9 +1,9 @@
 // The launchers of csrc/problem.h as plain C, for an interpreter of the kernels' PTX that calls
 // them through ctypes. They return null, or what went wrong.
 #include <algorithm>
-#include <exception>
 #include <string>
 
+#include "../emulator/caught.h"
 #include "formulas/formulas.h"
 #include "problem.h"
 
@@ -29,18 +29,6 @@ Problem chosen;  // of which only the formula and its parameters count
 template <class... Formula>
 bool choose(const std::string& name, FormulaList<Formula...>) {
   return ((name == Formula::kName && ((chosen.formula = kFormulaId<Formula>), true)) || ...);
-}
-
-template <class Call>
-const char* caught(Call call) {
-  static std::string message;
-  try {
-    call();
-    return nullptr;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
 }
 
 }  // namespace
