@@ -7,13 +7,9 @@ import math
 import pytest
 import torch
 from helpers import (
-    FLOATS,
     by_dtype_pair,
     by_reduction,
-    by_weights,
-    check,
     draw,
-    draw_weights,
     evaluate,
     fused,
     make_weights,
@@ -22,10 +18,8 @@ from helpers import (
     torch_bce,
 )
 from torch import nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.testing._internal.two_tensor import TwoTensor
-from torch.utils.checkpoint import checkpoint
 
 from fused_bce import BCEWithLogitsLoss, why_not_fused
 
@@ -203,21 +197,6 @@ def test_divisor_of_nothing(device):
 # torch.compile
 
 
-@by_weights
-@by_reduction
-def test_compiled_values_are_those_of_eager(reduction, weights, device):
-    # Bit for bit, for the kernels are the same.
-    for logits_dtype in FLOATS:
-        logits, target = draw((6, 4), device, logits_dtype)
-        options = {"reduction": reduction, **draw_weights(weights, (4,), device)}
-        function = compiled(fused)
-        got = evaluate(function, logits, target, **options)
-        expected = evaluate(fused, logits, target, **options)
-        torch.testing.assert_close(got, expected, rtol=0, atol=0)
-        check(logits, target, **options)
-        torch.compiler.reset()
-
-
 def test_graph_of_a_training_step(device):
     ours, theirs = classifiers(device)
     graphs = Graphs()
@@ -278,17 +257,18 @@ def some_ignored(target, extras):
     return target
 
 
-@by_reduction
 @by_extras
-def test_compiled_extras(target_dtype, extras, reduction, device):
-    for dtype in (torch.float16, torch.float32):
-        torch.compiler.reset()
+def test_extras(target_dtype, extras, device):
+    """What floats do not show, compiled; and the operator."""
+    for dtype, reduction in ((torch.float16, "none"), (torch.float32, "mean")):
         logits, target = draw((6, 4), device, dtype)
         target = some_ignored(target.round().to(target_dtype), extras)
-        options = {"reduction": reduction, **extras}
-        got = evaluate(compiled(fused), logits, target, **options)
-        expected = evaluate(fused, logits, target, **options)
-        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+        if not target.is_floating_point():
+            torch.compiler.reset()
+            options = {"reduction": reduction, **extras}
+            got = evaluate(compiled(fused), logits, target, **options)
+            expected = evaluate(fused, logits, target, **options)
+            torch.testing.assert_close(got, expected, rtol=0, atol=0)
         number = REDUCTION_NUMBERS[reduction]
         operands = dict(extras)
         if "label_smoothing" in extras:
@@ -353,33 +333,6 @@ def test_compiled_second_backward(device):
     first = torch.autograd.grad(loss, logits, torch.full_like(loss, 3), retain_graph=True)
     second = torch.autograd.grad(loss, logits, torch.full_like(loss, 3))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-def test_compiled_autocast(dtype, device):
-    ours, theirs = (m.float() for m in classifiers(device))
-    data = [t.float() for t in batch_of(6, device)]
-
-    def step(model):
-        with torch.autocast(device, dtype=dtype):
-            return model(*data)
-
-    loss = compiled(lambda: step(ours))()
-    assert loss.dtype is torch.float32
-    torch.testing.assert_close(loss, step(theirs), rtol=1e-3, atol=1e-3)
-    loss.backward()
-    assert ours.head.weight.grad.dtype is torch.float32
-
-
-def test_compiled_checkpoint(device):
-    logits, target = draw((6, 4), device, torch.float64, torch.float64)
-
-    def step(x, t):
-        return checkpoint(lambda x, t: fused(x * 2, t), x, t, use_reentrant=False)
-
-    got = evaluate(compiled(step), logits, target)
-    expected = evaluate(lambda x, t: torch_bce(x * 2, t), logits, target)
-    torch.testing.assert_close(got, expected)
 
 
 def test_compiled_wrapper_subclass(device):
@@ -495,28 +448,3 @@ def test_aot_inductor(device, tmp_path):
         )
         loaded = torch._inductor.aoti_load_package(path)
         torch.testing.assert_close(loaded(*data), theirs(*data))
-
-
-@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
-def test_make_fx(tracing_mode, device):
-    def loss_and_grad(x, t):
-        x = x.detach().requires_grad_()
-        loss = fused(x, t)
-        return loss, *torch.autograd.grad(loss, x)
-
-    data = draw((4, 3), device, torch.float64, torch.float64)
-    traced = make_fx(loss_and_grad, tracing_mode=tracing_mode)(*data)
-    other = draw((4, 3), device, torch.float64, torch.float64)
-    expected = evaluate(torch_bce, *other)
-    torch.testing.assert_close(traced(*other), (expected.loss, expected.grad_logits))
-
-
-def test_fake_tensors(device):
-    # What memory estimators run a model with.
-    from torch._subclasses import FakeTensorMode
-
-    with FakeTensorMode() as mode:
-        logits, target = (mode.from_tensor(t) for t in draw((4, 3), device))
-        loss = fused(logits.requires_grad_(), target, reduction="none")
-        loss.sum().backward()
-    assert (loss.shape, logits.grad.shape) == ((4, 3), (4, 3))

@@ -16,8 +16,6 @@ import fused_bce
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
 
 OPS = torch.ops.fused_bce
-NUMBERS = {"none": 0, "mean": 1, "sum": 2}
-
 OPTIONS = {
     "plain": {},
     "weights": {"weight": torch.rand(6, 1) + 0.5, "pos_weight": torch.rand(5) + 0.5},
@@ -34,17 +32,6 @@ by_target = pytest.mark.parametrize("target_dtype", TARGETS, ids=dtype_name)
 
 def ignores_nan(options) -> bool:
     return options.get("ignore_index") is math.nan
-
-
-by_call = pytest.mark.parametrize(
-    ("target_dtype", "options"),
-    [
-        pytest.param(target_dtype, options, id=f"{dtype_name(target_dtype)}-{name}")
-        for target_dtype in TARGETS
-        for name, options in OPTIONS.items()
-        if target_dtype.is_floating_point or not ignores_nan(options)
-    ],
-)
 
 
 def batch(device, target_dtype, options):
@@ -87,26 +74,20 @@ class Loss(torch.nn.Module):
         return self.loss(logits * self.scale, target)
 
 
-# An export takes seconds: test_gradients has every option with every reduction.
-@by_call
-def test_run_decompositions(target_dtype, options, device):
-    check_decompositions("mean", target_dtype, options, device)
-
-
-@pytest.mark.parametrize("reduction", ["none", "sum"])
-def test_run_decompositions_of_reductions(reduction, device):
-    check_decompositions(reduction, torch.float32, OPTIONS["ignored nan"], device)
-
-
-def check_decompositions(reduction, target_dtype, options, device):
-    logits, target, options = batch(device, target_dtype, options)
-    program = export(Loss(reduction=reduction, **options).to(device), (logits, target))
+@pytest.mark.parametrize(
+    ("target_dtype", "name"),
+    [(torch.bool, "weights"), (torch.int64, "ignored"), (torch.float32, "ignored nan")],
+)
+def test_run_decompositions(target_dtype, name, device):
+    """Of a module, beside torch's own table, and of integers; the rest is in tests/every_loss."""
+    logits, target, options = batch(device, target_dtype, OPTIONS[name])
+    program = export(Loss(**options).to(device), (logits, target))
     assert ours_in(program.graph)
     table = default_decompositions()
     table.update(fused_bce.decomposition_table())
     lowered = program.run_decompositions(table)
     assert not ours_in(lowered.graph)
-    exact = exact_of(logits, target, options, reduction).loss
+    exact = exact_of(logits, target, options, "mean").loss
     for module in (program.module(), lowered.module()):
         assert_close(module(logits, target), exact)
 
@@ -134,71 +115,28 @@ def buffers(model):
     return [buffer for _, buffer in model.named_buffers()]
 
 
-@by_call
-@by_reduction
-def test_gradients(reduction, target_dtype, options, device):
-    logits, target, options = batch(device, target_dtype, options)
-    exact = exact_of(logits, target, options, reduction)
-    ignore_index = options.get("ignore_index")
-    ignore_nan = ignore_index is math.nan
-    smoothing = options.get("label_smoothing")
-    extras = (
-        None if smoothing is None else torch.tensor(smoothing, dtype=torch.float64),
-        None if ignore_nan else ignore_index,
-        ignore_nan,
-    )
-    operands = (logits, target, options.get("weight"), options.get("pos_weight"))
-    number = NUMBERS[reduction]
-
-    def both(*operands):
-        loss, grad = OPS._binary_cross_entropy_with_logits_with_grad(
-            *operands, number, None, *extras
-        )
-        return (
-            loss,
-            grad,
-            OPS._binary_cross_entropy_with_logits_backward(
-                torch.ones_like(loss), *operands, number, None, *extras
-            ),
-        )
-
-    lowered = make_fx(both, decomposition_table=fused_bce.decomposition_table())(*operands)
-    assert not ours_in(lowered.graph)
-    loss, *grads = lowered(*operands)
-    assert_close(loss, exact.loss)
-    for grad in grads:
-        assert_close(grad, exact.grad_logits)
-
-
-@by_call
+@by_target
 @by_reduction
 @pytest.mark.parametrize("kind", ["meta", "fake"])
-def test_without_numbers(kind, reduction, target_dtype, options, device):
-    logits, target, options = batch(device, target_dtype, options)
-    if kind == "meta":
-        options = {n: v.to("meta") if hasattr(v, "to") else v for n, v in options.items()}
-        logits, target = logits.to("meta"), target.to("meta")
-    else:
-        mode = FakeTensorMode()
-        options = {n: mode.from_tensor(v) if hasattr(v, "to") else v for n, v in options.items()}
-        logits, target = mode.from_tensor(logits), mode.from_tensor(target)
-    logits.requires_grad_()
-    loss = fused(logits, target, reduction=reduction, **options)
+def test_without_numbers(kind, reduction, target_dtype, device):
+    logits, target, _ = batch(device, target_dtype, {})
+    to = FakeTensorMode().from_tensor if kind == "fake" else lambda t: t.to("meta")
+    logits, target = to(logits).requires_grad_(), to(target)
+    loss = fused(logits, target, reduction=reduction)
     assert loss.dtype is torch.float32
     assert loss.shape == (logits.shape if reduction == "none" else ())
     (grad,) = torch.autograd.grad(loss.sum(), logits)
     assert (grad.shape, grad.dtype, grad.device) == (logits.shape, logits.dtype, logits.device)
 
 
-@by_call
 @pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
-def test_make_fx(tracing_mode, target_dtype, options, device):
-    logits, target, options = batch(device, target_dtype, options)
-    if tracing_mode != "real" and "weight" in options:
-        pytest.skip("what the function closes over has numbers, its arguments have none")
-    traced = make_fx(lambda x, t: fused(x, t, **options), tracing_mode=tracing_mode)(logits, target)
-    assert_close(traced(logits, target), exact_of(logits, target, options, "mean").loss)
-    if "validate_targets" in options and target_dtype is not torch.bool and device == "cpu":
+def test_validation_in_make_fx(tracing_mode):
+    for target_dtype in (torch.float32, torch.int64):
+        logits, target, _ = batch("cpu", target_dtype, {})
+        traced = make_fx(
+            lambda x, t: fused(x, t, validate_targets=True), tracing_mode=tracing_mode
+        )(logits, target)
+        assert_close(traced(logits, target), exact_of(logits, target, {}, "mean").loss)
         with pytest.raises(RuntimeError, match="outside"):
             traced(logits, target + 2)
 

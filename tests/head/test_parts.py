@@ -80,21 +80,6 @@ def test_options(name, sizes, reduction, device):
     assert_near(got, exact(operands, target, **options), DOUBLE)
 
 
-@by_reduction
-def test_ignored_nan(reduction, device):
-    """The mean divides by the elements of all parts that are left."""
-    operands = draw_operands(device, torch.float64)
-    dense = draw_target().double()
-    dense[2, ::3] = math.nan
-    options = {"ignore_index": math.nan, "reduction": reduction}
-    want = exact(operands, dense, **options)
-    places = (dense != 0).nonzero()
-    rows = SparseTarget.from_coo(*places.t(), dense.shape, dense[tuple(places.t())])
-    for target in (dense, rows):
-        got = evaluate(operands, target.to(device), function=in_parts(SIZES["ragged"]), **options)
-        assert_near(got, want, DOUBLE)
-
-
 def test_nothing(device):
     operands = draw_operands(device, torch.float64, rows=0)
     target = SparseTarget.from_lists([], LABELS, device=device)
@@ -177,31 +162,6 @@ def test_frozen_parts(device):
     input, target = draw_batch(device)
     head_(input, target).backward()
     assert [part.grad is not None for part in head_.linear.weight] == [True, False, True, True]
-
-
-def test_second_backward_and_second_derivatives(device):
-    operands = draw_operands(device, torch.float64)
-    target = as_rows(draw_target()).to(device)
-    input, weight, _ = operands
-    loss = in_parts(SIZES["ragged"])(input, weight, target)
-    first, again = (torch.autograd.grad(loss, (input, weight), retain_graph=True) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert torch.autograd.gradgradcheck(
-        lambda x: in_parts([60, 41])(x, weight.detach(), target), input[:].detach().requires_grad_()
-    )
-    per_row = torch.func.grad(lambda w: in_parts([60, 41])(input.detach(), w, target))(weight)
-    torch.testing.assert_close(per_row, first[1], rtol=1e-12, atol=0)
-
-
-def test_compiled(device):
-    operands = draw_operands(device, torch.float64)
-    torch.compiler.reset()
-    compiled = torch.compile(in_parts(SIZES["ragged"]), backend="aot_eager", fullgraph=True)
-    for rows in (ROWS, ROWS - 3, ROWS - 5):
-        target = draw_target(rows)
-        some = operands._replace(input=operands.input[:rows].detach().requires_grad_())
-        got = evaluate(some, as_rows(target).to(device), function=compiled)
-        assert_near(got, exact(some, target), DOUBLE)
 
 
 @pytest.mark.parametrize(

@@ -333,24 +333,6 @@ def test_jit_script_of_the_function(device):
 
 
 @jit_is_deprecated
-@pytest.mark.parametrize("options", FX_OPTIONS.values(), ids=FX_OPTIONS)
-def test_jit_script_of_a_module_with_extras(options, device):
-    logits, target = batch(device)
-    module = BCEWithLogitsLoss(**options)
-    assert_double_close(torch.jit.script(module)(logits, target), module(logits, target))
-
-
-@jit_is_deprecated
-def test_jit_script_saved_and_loaded(device):
-    (ours, theirs), data = classifiers(device)
-    file = io.BytesIO()
-    torch.jit.save(torch.jit.script(ours), file)
-    file.seek(0)
-    loaded = torch.jit.load(file)
-    check_values(loaded(*data), loaded, theirs, data)
-
-
-@jit_is_deprecated
 @sizes_are_traced
 @by_reduction
 def test_jit_trace(reduction, device):

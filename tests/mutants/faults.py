@@ -273,19 +273,19 @@ LOWERING = {
         "fused_bce/decompositions.py",
         "bias = None if linear_bias is None else linear_bias.to(dtype)",
         "bias = None",
-        "head/test_head_compiled.py compiler/test_lowering.py",
+        "every_loss/test_every_loss_compiled.py head/test_head_compiled.py",
     ),
     "what is ignored counted": Fault(
         "fused_bce/decompositions.py",
         "return (~_ignored(target, ignore_index, ignore_nan)).sum(",
         "return _ignored(target, ignore_index, ignore_nan).sum(",
-        "compiler/test_lowering.py compiler/test_compile.py",
+        "compiler/test_lowering.py compiler/test_compile.py every_loss",
     ),
     "a nan not ignored": Fault(
         "fused_bce/decompositions.py",
         "return ignored | is_ignored(target, math.nan) if ignore_nan else ignored",
         "return ignored",
-        "compiler/test_lowering.py compiler/test_compile.py",
+        "compiler/test_lowering.py compiler/test_compile.py every_loss",
     ),
     "batchmean by elements": Fault(
         "fused_bce/scalars.py",
@@ -297,7 +297,7 @@ LOWERING = {
         "fused_bce/pointwise.py",
         "tensors[i] = number if",
         "tensors[0] = number if",
-        "pointwise focal",
+        "pointwise focal every_loss",
     ),
 }
 
@@ -529,7 +529,7 @@ HEAD = {
         "csrc/head/target_blocks.cpp",
         '"amax",',
         '"sum",',
-        "head/test_head.py head/test_head_roads.py",
+        "head/test_head.py head/test_head_roads.py every_loss/test_every_loss.py",
     ),
     "a block's part of the weight's gradient": Fault(
         "csrc/head/linear_loss.cpp",
@@ -564,37 +564,37 @@ COMPOSITE = {
         "csrc/composite.cpp",
         ".sum().clamp_min(1)",
         ".sum()",
-        "loss/test_extras.py pointwise/test_calls.py",
+        "loss/test_extras.py pointwise/test_calls.py every_loss",
     ),
     "targets smoothed towards 1": Fault(
         "csrc/composite.cpp",
         "+ *o.label_smoothing / 2",
         "+ *o.label_smoothing",
-        "loss/test_extras.py pointwise/test_calls.py",
+        "loss/test_extras.py pointwise/test_calls.py every_loss",
     ),
     "losses added up in half precision": Fault(
         "csrc/composite.cpp",
         "t.to(at_least_float(in_double ? at::kDouble : o.logits.scalar_type()))",
         "t.to(in_double ? at::kDouble : o.logits.scalar_type())",
-        "loss/test_extras.py pointwise/test_calls.py focal",
+        "loss/test_extras.py pointwise/test_calls.py focal every_loss",
     ),
     "a nan that is ignored reaches a gradient": Fault(
         "csrc/composite.cpp",
         "return zero_where_ignored(widened(o.logits, o), o);",
         "return widened(o.logits, o);",
-        "loss/test_extras.py pointwise/test_calls.py",
+        "loss/test_extras.py pointwise/test_calls.py every_loss",
     ),
     "the weight of the wrong side": Fault(
         "csrc/composite/focal.cpp",
         "at::where(side > 0, of_positive(), of_negative())",
         "at::where(side > 0, of_negative(), of_positive())",
-        "pointwise",
+        "pointwise every_loss",
     ),
     "a detached weight is not": Fault(
         "csrc/composite/varifocal.cpp",
         "detaches_weight ? x.detach() : x",
         "x",
-        "pointwise",
+        "pointwise every_loss",
     ),
 }
 
@@ -615,13 +615,13 @@ WITHOUT_VALUES = {
         "csrc/meta.h",
         "return {meta::forward(o), at::empty_like(o.logits)};",
         "return {meta::forward(o), at::empty_like(o.target)};",
-        "compiler/test_lowering.py compiler/test_compile.py",
+        "compiler/test_lowering.py compiler/test_compile.py every_loss",
     ),
     "a fake count in float": Fault(
         "csrc/meta.h",
         "target.options().dtype(at::kDouble)",
         "target.options().dtype(at::kFloat)",
-        "compiler/test_lowering.py compiler/test_compile.py",
+        "compiler/test_lowering.py compiler/test_compile.py every_loss",
     ),
 }
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import FLOATS, as_rows_with_nan_again, dtype_name, rounded
-from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import logsigmoid, normalize
 
 from fused_bce import SigLipLoss, SparseTarget
@@ -159,22 +158,9 @@ def test_a_trained_batch_keeps_its_digits(device):
     assert grad[0, 1].item() == pytest.approx(1 / (1 + math.exp(15)) / 64, rel=1e-6)
 
 
-@pytest.mark.parametrize("fast_mode", [True, False], ids=["fast", "slow"])
-def test_gradcheck(fast_mode, device):
-    leaves = draw((4, 3), device)
-
-    def function(*leaves):
-        return pairwise_sigmoid_loss(*leaves, chunk_bytes=32)
-
-    assert gradcheck(function, leaves, fast_mode=fast_mode)
-    assert gradgradcheck(function, leaves, fast_mode=fast_mode)
-
-
-def test_compiled(device):
-    leaves = draw((12, 7), device)
+def test_compiled_numbers(device):
     compiled = torch.compile(pairwise_sigmoid_loss, backend="aot_eager", fullgraph=True)
-    assert max(errors(evaluate(compiled, leaves), exact(leaves))) <= 1e-13
-    features = [t.detach() for t in leaves[:2]]
+    features = [t.detach() for t in draw((12, 7), device)[:2]]
     for numbers in ((3.0, -2.0), (4.0, -3.0), (5, -4)):
         want = pairwise_sigmoid_loss(*features, *numbers).item()
         assert compiled(*features, *numbers).item() == pytest.approx(want, rel=1e-13)
@@ -266,14 +252,6 @@ def test_other_numbers(device):
     if device != "cpu":  # which go with any device
         on_cpu = torch.tensor(3.0), torch.tensor([-2.0])
         assert torch.equal(pairwise_sigmoid_loss(*features, *on_cpu), want)
-
-
-def test_transforms_go_to_torch(device):
-    leaves = draw((5, 5), device)
-    want = exact(leaves)[1][1]
-    input1, input2, scale, bias = (t.detach() for t in leaves)
-    got = torch.func.grad(lambda x: pairwise_sigmoid_loss(input1, x, scale, bias))(input2)
-    torch.testing.assert_close(got.cpu(), want)
 
 
 def test_whole_logits_have_the_same_dtype(device):

@@ -9,7 +9,6 @@ import pytest
 import torch
 from helpers import (
     assert_double_close,
-    by_dtype,
     by_dtype_pair,
     by_reduction,
     draw,
@@ -18,7 +17,6 @@ from helpers import (
     outcome,
 )
 from loss_cases import BCE, FOCAL, LOSSES, QUALITY_FOCAL
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -208,28 +206,6 @@ def test_layouts(case, layout, device):
     assert got.grad_logits.stride() == torch.empty_like(logits).stride()
 
 
-@by_call
-@by_dtype
-def test_same_bits_by_every_path(dtype, case, options, device):
-    """Stored in forward, once more, and computed in backward."""
-    logits, target, options = batch(device, options, dtype)
-    logits.requires_grad_()
-
-    def grads(reduction, recompute, times=1):
-        loss = case.function(
-            logits, target, reduction=reduction, **options | {"recompute": recompute}
-        )
-        grad_loss = torch.full_like(loss, 0.7)
-        for _ in range(times):
-            (grad,) = torch.autograd.grad(loss, logits, grad_loss, retain_graph=True)
-        return grad
-
-    for reduction in ("none", "mean", "sum"):
-        first = grads(reduction, recompute=False)
-        assert torch.equal(first, grads(reduction, recompute=True))
-        assert torch.equal(first, grads(reduction, recompute=False, times=2))
-
-
 @by_loss
 def test_any_number_of_threads(case):
     logits, target = draw((300_001,), "cpu")
@@ -256,70 +232,6 @@ def test_sums(case, instruction_set):
     want = case.reference(logits.double(), target.double(), reduction="sum").item()
     assert abs(got[0] - want) <= 2.0**-22 * want
     assert abs(got[1] - want / len(logits)) <= 2.0**-22 * want / len(logits)
-
-
-@by_undetached_options
-@by_reduction
-def test_gradcheck(reduction, case, options, device):
-    logits, target = draw((2, 5), device, torch.float64, torch.float64)
-    target = target.clamp(0.1, 0.9)  # numerical differences leave [0, 1] else
-    operands = logits.requires_grad_(), target.requires_grad_()
-    options = moved(options, device, torch.double)
-
-    def loss(x, t):
-        return case.function(x, t, reduction=reduction, **options)
-
-    assert torch.autograd.gradcheck(loss, operands)
-    assert torch.autograd.gradgradcheck(loss, operands)
-
-
-TRANSFORMS = {
-    "grad": lambda f: torch.func.grad(lambda x, t: f(x, t).sum()),
-    "vmap": torch.vmap,
-    "jacrev": torch.func.jacrev,
-    "jvp": lambda f: lambda x, t: torch.func.jvp(f, (x, t), (torch.ones_like(x),) * 2)[1],
-    "hessian": lambda f: torch.func.hessian(lambda x, t: f(x, t).sum()),
-}
-
-
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-@by_own_options
-def test_func_transforms(case, options, transform, device):
-    logits, target, options = batch(device, options, torch.float64, torch.float64)
-    target, options = target.clamp(0.01, 0.99), moved(options, torch.double)
-    results = [
-        transform(lambda x, t, f=f: f(x, t, reduction="none", **options))(logits, target)
-        for f in (case.function, case.reference)
-    ]
-    assert_double_close(*results)
-
-
-@by_own_options
-def test_second_derivatives(case, options, device):
-    """Of the logits and the target; hard targets, too."""
-    logits, target, options = batch(device, options, torch.float64, torch.float64)
-    options = moved(options, torch.double)
-    results = []
-    for function in (case.function, case.reference):
-        leaves = logits.detach().requires_grad_(), target.detach().requires_grad_()
-        loss = function(*leaves, reduction="sum", **options)
-        grads = torch.autograd.grad(loss, leaves, create_graph=True)
-        product = (grads[0] * torch.linspace(1, 2, 5, device=device)).sum()
-        results.append((*grads, *torch.autograd.grad(product, leaves)))
-    for got, want in zip(*results, strict=True):
-        assert_double_close(got.detach(), want.detach())
-
-
-@by_loss
-def test_forward_mode(case, device):
-    logits, target = draw((6,), device, torch.float64, torch.float64)
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(logits, torch.ones_like(logits))
-        tangents = [
-            forward_ad.unpack_dual(f(dual, target, reduction="none")).tangent
-            for f in (case.function, case.reference)
-        ]
-    assert_double_close(*tangents)
 
 
 @by_call

@@ -1,16 +1,14 @@
-"""Every pointwise loss in torch.compile, torch.export and other tracers, and in decompositions."""
+"""What pointwise losses have of their own in graphs: numbers that vary, operators, modules."""
 
-import contextlib
 import math
 
 import pytest
 import torch
 from helpers import evaluate
-from loss_cases import LOSSES
+from loss_cases import BCE, LOSSES
 from torch._dynamo import compiled_autograd
 from torch._dynamo.utils import counters
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import default_decompositions, export
+from torch.export import export
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
@@ -30,7 +28,7 @@ EXTRAS = {
 def list_cases():
     """Each loss's own options, each with one reduction; and what all take, each with one loss: the
     code is the same."""
-    for case in LOSSES:
+    for case in (BCE, *LOSSES):
         for i, (name, options) in enumerate(case.options.items()):
             reduction = list(NUMBERS)[i % 3]
             yield pytest.param(case, options, reduction, id=f"{case.name}-{name}-{reduction}")
@@ -105,20 +103,6 @@ def test_opcheck(case, dtype, reduction, device):
     opcheck(backward, (torch.ones_like(loss), logits, target, *rest))
 
 
-@by_case
-def test_compiled(reduction, case, options, device):
-    logits, target, options = batch(device, options)
-
-    def step(x, t):
-        return case.function(x, t, reduction=reduction, **options)
-
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
-    got, want = (evaluate(f, logits, target) for f in (compiled, step))
-    # The very kernels
-    assert torch.equal(got.loss, want.loss)
-    assert torch.equal(got.grad_logits, want.grad_logits)
-
-
 @by_loss
 def test_numbers_that_vary(case, device):
     """More of them than a function may be compiled for."""
@@ -173,23 +157,6 @@ def ours_in(graph) -> list[str]:
     return [str(node.target) for node in graph.nodes if "fused_bce" in str(node.target)]
 
 
-@by_case
-def test_export_and_decompositions(reduction, case, options, device):
-    logits, target, options = batch(device, options)
-    if reduction == "none" and options.get("ignore_index") is not math.nan:
-        target = target.long()
-    module = case.module(reduction=reduction, **options).to(device)
-    program = export(module, (logits, target))
-    assert ours_in(program.graph)
-    table = default_decompositions()
-    table.update(fused_bce.decomposition_table())
-    lowered = program.run_decompositions(table)
-    assert not ours_in(lowered.graph)
-    want = exact(case, logits, target, options, reduction).loss
-    for one in (program.module(), lowered.module()):
-        assert_close(one(logits, target), want)
-
-
 @by_loss
 def test_what_is_not_fused_is_exported_as_aten(case, device):
     logits, target, _ = batch(device, {})
@@ -206,6 +173,8 @@ def test_decomposed_gradients(reduction, case, options, device):
     logits, target, options = batch(device, options)
     ignore_index, smoothing = options.get("ignore_index"), options.get("label_smoothing")
     ignore_nan = ignore_index is math.nan
+    if reduction == "none" and not ignore_nan:
+        target = target.long()
     rest = (
         options.get("weight"),
         *case.own_operands(options),
@@ -228,34 +197,6 @@ def test_decomposed_gradients(reduction, case, options, device):
     assert_close(loss, want.loss)
     for grad in grads:
         assert_close(grad, want.grad_logits)
-
-
-@pytest.mark.parametrize("kind", ["meta", "fake"])
-@by_case
-def test_without_values(case, options, reduction, kind, device):
-    logits, target, options = batch(device, options)
-    mode = FakeTensorMode()
-    to = mode.from_tensor if kind == "fake" else lambda t: t.to("meta")
-    logits, target = to(logits).requires_grad_(), to(target)
-    options = {n: to(v) if torch.is_tensor(v) else v for n, v in options.items()}
-    with mode if kind == "fake" else contextlib.nullcontext():
-        loss = case.function(logits, target, reduction=reduction, **options)
-        assert loss.dtype is torch.float32
-        assert loss.shape == (logits.shape if reduction == "none" else ())
-        (grad,) = torch.autograd.grad(loss.sum(), logits)
-        assert (grad.shape, grad.dtype, grad.device) == (logits.shape, logits.dtype, logits.device)
-
-
-@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
-@by_loss
-def test_make_fx(case, tracing_mode, device):
-    logits, target, _ = batch(device, {})
-
-    def step(x, t):
-        return case.function(x, t, reduction="none")
-
-    traced = make_fx(step, tracing_mode=tracing_mode)(logits, target)
-    assert_close(traced(logits, target), exact(case, logits, target, {}, "none").loss)
 
 
 @by_loss

@@ -1,6 +1,7 @@
 """Calls of the linear head, and what torch makes of them on whole logits in float64."""
 
 import itertools
+import math
 from typing import NamedTuple
 
 import pytest
@@ -95,6 +96,8 @@ def matrix_of(target) -> Tensor:
     for row, (begin, end) in enumerate(itertools.pairwise(offsets)):
         of_row = slice(begin, end)
         dense[row, indices[of_row]] = True if values is None else values[of_row]
+        if values is not None:  # of a label that is named again nan prevails
+            dense[row, indices[of_row][values[of_row].isnan()]] = math.nan
     return dense
 
 
