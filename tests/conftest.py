@@ -1,5 +1,6 @@
 """Fixtures for every test, and the option that thins parametrised tests out."""
 
+import gc
 import itertools
 import os
 from collections import defaultdict
@@ -93,6 +94,12 @@ def pytest_collection_modifyitems(config, items):
             tests[item.nodeid.partition("[")[0]].append(item)
         chosen = {item for cases in tests.values() for item in choose_pairs(cases)}
         deselect(config, items, set(items) - chosen)
+
+
+def pytest_collection_finish():
+    """What has been imported and collected by now stays: the garbage collector passes over it."""
+    gc.collect()
+    gc.freeze()
 
 
 def deselect(config, items, unwanted):
