@@ -197,7 +197,7 @@ def test_parts(tmp_path):
 def test_processes_of_pairs(tmp_path):
     """The script itself compares the losses and the gradients of the contenders."""
     path = tmp_path / "results.csv"
-    options = ["--processes", 1, 2, 4, "--batch", 512, "--repeats", 1, "--output", path]
+    options = ["--processes", 1, 2, "--batch", 512, "--repeats", 1, "--output", path]
     run_script("pairwise_processes.py", *options)
     assert_plotted(tmp_path)
 

@@ -125,14 +125,17 @@ LAYOUTS = {
 }
 
 
-@by_reduction
 @pytest.mark.parametrize(
-    ("dtype", "layout"),
+    ("dtype", "layout", "reduction"),
     # float16 computes its gradient in backward, the others in forward.
-    [(torch.float16, "sliced"), (torch.float32, "transposed")],
-    ids=["float16_sliced", "float32_transposed"],
+    [
+        (torch.float16, "sliced", "none"),
+        (torch.float16, "transposed", "mean"),
+        (torch.float32, "sliced", "mean"),
+        (torch.float32, "transposed", "sum"),
+    ],
 )
-def test_opcheck(dtype, reduction, layout, device):
+def test_opcheck(dtype, layout, reduction, device):
     # Schema, autograd registration, fake kernel, and tracing with dynamic shapes.
     number = REDUCTION_NUMBERS[reduction]
     for names in ((), ("weight", "pos_weight")):
@@ -309,8 +312,9 @@ def test_no_recompilation_for_another_batch_size(device):
             check_step(function, ours, theirs, batch_of(size, device))
 
 
-@pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs"])
-@pytest.mark.parametrize("ci", ["", "true"], ids=["", "CI"])
+@pytest.mark.parametrize(
+    ("ci", "mode"), [("", "max-autotune-no-cudagraphs"), ("true", "default")], ids=["", "CI"]
+)
 def test_inductor(ci, mode, device, monkeypatch):
     # Where this is set, inductor refuses to keep operators for which torch knows decompositions.
     monkeypatch.setenv("CI", ci)
@@ -419,8 +423,7 @@ def test_why_not_fused_when_compiled(device):
 # Other tracers
 
 
-@by_reduction
-@pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
+@pytest.mark.parametrize(("strict", "reduction"), [(False, "none"), (True, "mean"), (False, "sum")])
 def test_export(strict, reduction, device):
     ours, theirs = classifiers(device, reduction)
     size = torch.export.Dim("size")

@@ -51,16 +51,13 @@ def smoothed_and_scaled(logits, target, p):
     return p * fused(logits * 1.0, target, label_smoothing=0.5 * (1 - p))
 
 
-# To no smoothing at all, which is not another graph.
-@pytest.mark.parametrize("values", [SCHEDULE, [*SCHEDULE, 1.0], [1.0, *SCHEDULE]])
-def test_two_graphs_for_every_value(values, device):
-    check_schedule(torch.compile(smoothed_and_scaled), device, values)
-    assert counters["stats"]["unique_graphs"] <= 2
-
-
-def test_fullgraph_over_twenty_values(device):
-    step = torch.compile(smoothed_and_scaled, fullgraph=True)
-    check_schedule(step, device, [1 - 0.04 * k for k in range(20)])
+# To no smoothing at all, or from it, which is not another graph.
+@pytest.mark.parametrize(
+    ("values", "fullgraph"),
+    [([*SCHEDULE, 1.0], False), ([1 - 0.04 * k for k in range(20)], True)],
+)
+def test_two_graphs_for_every_value(values, fullgraph, device):
+    check_schedule(torch.compile(smoothed_and_scaled, fullgraph=fullgraph), device, values)
     assert counters["stats"]["unique_graphs"] <= 2
 
 

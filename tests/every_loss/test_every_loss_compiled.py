@@ -96,32 +96,35 @@ def test_export_and_decompositions(call, reduction, dtype, device):
         assert_all_close([one(*operands)], want)
 
 
-@pytest.mark.parametrize("kind", ["meta", "fake"])
 @by_graph
-def test_without_values(call, reduction, dtype, kind, device):
+def test_without_values(call, reduction, dtype, device):
     leaves, rest = call.operands(device, dtype)
     want = loss_and_grads(call, leaves, rest, reduction)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    to = mode.from_tensor if kind == "fake" else lambda t: t.to("meta")
-    leaves = [to(t.detach()).requires_grad_() for t in leaves]
-    rest = pytree.tree_map_only(torch.Tensor, to, rest)
-    with mode if kind == "fake" else contextlib.nullcontext():
-        got = loss_and_grads(call, leaves, rest, reduction)
-    for ours, real in zip(got, want, strict=True):
-        assert (ours.shape, ours.dtype) == (real.shape, real.dtype)
-        assert ours.device.type == (device if kind == "fake" else "meta")
+    for where, to, context in (
+        (device, mode.from_tensor, mode),
+        ("meta", lambda t: t.to("meta"), contextlib.nullcontext()),
+    ):
+        some = [to(t.detach()).requires_grad_() for t in leaves]
+        others = pytree.tree_map_only(torch.Tensor, to, rest)
+        with context:
+            got = loss_and_grads(call, some, others, reduction)
+        for ours, real in zip(got, want, strict=True):
+            assert (ours.shape, ours.dtype) == (real.shape, real.dtype)
+            assert ours.device.type == where
 
 
-@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
 @by_graph
-def test_make_fx(call, reduction, dtype, tracing_mode, device):
+def test_make_fx(call, reduction, dtype, device):
     """Loss and gradients as ATen operations."""
     leaves, rest = call.operands(device)
+    want = exactly(call, leaves, rest, reduction)
+    leaves = [t.detach() for t in leaves]
 
     def step(*leaves):
         return loss_and_grads(call, [t.detach().requires_grad_() for t in leaves], rest, reduction)
 
-    operands = [t.detach() for t in leaves]
-    traced = make_fx(step, tracing_mode=tracing_mode, _allow_non_fake_inputs=True)(*operands)
-    assert not ours_in(traced.graph)
-    assert_all_close(traced(*operands), exactly(call, leaves, rest, reduction))
+    for mode in ("real", "fake", "symbolic"):
+        traced = make_fx(step, tracing_mode=mode, _allow_non_fake_inputs=True)(*leaves)
+        assert not ours_in(traced.graph)
+        assert_all_close(traced(*leaves), want)

@@ -770,12 +770,11 @@ def test_set_default_device(device):
         torch.set_default_device(None)
 
 
-@pytest.mark.parametrize("mode", ["torch.inference_mode()", "torch.device('meta')"])
-def test_import_under_a_mode(mode, device):
+def test_import_under_modes(device):
     # What counts as an ordinary tensor must not depend on where the first import happens.
     program = f"""
 import torch
-with {mode}:
+with torch.inference_mode(), torch.device("meta"):
     import fused_bce
 ordinary, meta = torch.zeros(3, device={device!r}), torch.zeros(3, device="meta")
 assert fused_bce.why_not_fused(ordinary, ordinary) is None, "ordinary tensors not fused"
