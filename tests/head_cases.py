@@ -96,7 +96,7 @@ def matrix_of(target) -> Tensor:
     for row, (begin, end) in enumerate(itertools.pairwise(offsets)):
         of_row = slice(begin, end)
         dense[row, indices[of_row]] = True if values is None else values[of_row]
-        if values is not None:  # of a label that is named again nan prevails
+        if dtype.is_floating_point:  # of a label that is named again nan prevails
             dense[row, indices[of_row][values[of_row].isnan()]] = math.nan
     return dense
 

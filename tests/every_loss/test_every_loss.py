@@ -93,7 +93,8 @@ def test_gradcheck(call, device):
         def loss(*leaves, rest=rest, reduction=reduction):
             return call(*leaves, *rest, reduction=reduction)
 
-        for fast_mode in (True, False):
+        # Of a product with one vector; of every element, where all have one sum
+        for fast_mode in (True,) if reduction != "sum" else (True, False):
             assert torch.autograd.gradcheck(loss, leaves, fast_mode=fast_mode)
             assert torch.autograd.gradgradcheck(loss, leaves, fast_mode=fast_mode)
 
