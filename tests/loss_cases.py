@@ -157,6 +157,7 @@ class LossCase:
         ignore_index=None,
         detach_weight=False,
         recompute=False,
+        validate_targets=False,
         **own,
     ) -> torch.Tensor:
         """The loss by its definition, and around that, by hand, what all of them take."""
@@ -213,7 +214,11 @@ BCE = LossCase(
     define_bce,
     node="BCEWithLogitsFunction",
     described="",
-    options={"plain": {}, "pos_weight": {"pos_weight": POS_WEIGHT}},
+    options={
+        "plain": {},
+        "pos_weight": {"pos_weight": POS_WEIGHT},
+        "weights": {"weight": torch.linspace(1, 3, 6)[:, None], "pos_weight": POS_WEIGHT},
+    },
 )
 FOCAL = LossCase(
     functional.sigmoid_focal_loss,

@@ -2,57 +2,11 @@
 
 import pytest
 import torch
-from autograd_cases import DOUBLE, by_target_grad, problem, same_for_both
-from helpers import by_reduction, by_weights, fused, is_fused, make_weights
+from autograd_cases import DOUBLE, problem, same_for_both
+from helpers import by_reduction, fused
 
 # torch scripts its forward-mode formulas itself when they are first used, and warns of that.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*` is (deprecated|not supported)")
-
-
-@by_reduction
-@by_weights
-@by_target_grad
-def test_gradcheck(target_grad, weights, reduction, device):
-    logits, target = problem(device, target_grad=target_grad, shape=(2, 3))
-    weights = make_weights(weights, 3, device, DOUBLE)
-
-    def loss(logits, target):
-        return fused(logits, target, reduction=reduction, **weights)
-
-    assert is_fused(loss(logits, target))
-    torch.autograd.gradcheck(loss, (logits, target), check_forward_ad=True, check_batched_grad=True)
-
-
-@by_reduction
-@by_weights
-@by_target_grad
-def test_gradgradcheck(target_grad, weights, reduction, device):
-    logits, target = problem(device, target_grad=target_grad, shape=(2, 3))
-    weights = make_weights(weights, 3, device, DOUBLE)
-    torch.autograd.gradgradcheck(
-        lambda logits, target: fused(logits, target, reduction=reduction, **weights),
-        (logits, target),
-        gen_non_contig_grad_outputs=True,
-        check_batched_grad=True,
-        check_fwd_over_rev=True,
-        check_rev_over_rev=True,
-    )
-
-
-@pytest.mark.parametrize("recompute", [False, True], ids=["stored", "recompute"])
-@pytest.mark.parametrize("weights", [(), ("weight", "pos_weight")], ids=["unweighted", "both"])
-@by_reduction
-def test_gradcheck_in_fast_mode(reduction, weights, recompute, device):
-    # It calls backward twice with a random grad_loss, and wants the same bits.
-    logits, target = problem(device)
-    weights = make_weights(weights, 4, device, DOUBLE)
-
-    def loss(logits):
-        return fused(logits, target, reduction=reduction, recompute=recompute, **weights)
-
-    for fast_mode in (False, True):
-        torch.autograd.gradcheck(loss, logits, fast_mode=fast_mode, nondet_tol=0)
-        torch.autograd.gradgradcheck(loss, logits, fast_mode=fast_mode, nondet_tol=0)
 
 
 @by_reduction
@@ -72,25 +26,6 @@ def test_gradient_at_zero_is_smooth(reduction, device):
     target = torch.rand(3, 4, dtype=DOUBLE, device=device, requires_grad=True)
     torch.autograd.gradcheck(lambda x, t: fused(x, t, reduction=reduction), (logits, target))
     torch.autograd.gradgradcheck(lambda x, t: fused(x, t, reduction=reduction), (logits, target))
-
-
-@by_reduction
-@by_weights
-@by_target_grad
-def test_gradient_penalty(target_grad, weights, reduction, device):
-    # WGAN-GP and its kin: a gradient stored as a constant would give second derivatives of 0.
-    logits, target = problem(device, target_grad=target_grad)
-    weights = make_weights(weights, 4, device, DOUBLE)
-    leaves = (logits, target) if target_grad else (logits,)
-
-    def compute(function):
-        loss = function(logits, target, reduction=reduction, **weights)
-        first = torch.autograd.grad((loss**2).sum(), leaves, create_graph=True)
-        penalty = sum((g**2).sum() for g in first)
-        return (*first, *torch.autograd.grad(penalty, leaves))
-
-    second = same_for_both(compute)[len(leaves)]
-    assert second.abs().max() > 0
 
 
 @by_reduction

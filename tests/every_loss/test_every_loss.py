@@ -93,10 +93,14 @@ def test_gradcheck(call, device):
         def loss(*leaves, rest=rest, reduction=reduction):
             return call(*leaves, *rest, reduction=reduction)
 
-        # Of a product with one vector; of every element, where all have one sum
-        for fast_mode in (True,) if reduction != "sum" else (True, False):
-            assert torch.autograd.gradcheck(loss, leaves, fast_mode=fast_mode)
-            assert torch.autograd.gradgradcheck(loss, leaves, fast_mode=fast_mode)
+        check = {"nondet_tol": 0, "fast_mode": True}  # of a product with one vector
+        torch.autograd.gradcheck(loss, leaves, check_forward_ad=True, **check)
+        torch.autograd.gradgradcheck(
+            loss, leaves, gen_non_contig_grad_outputs=True, check_fwd_over_rev=True, **check
+        )
+        if reduction == "sum":  # and of each element
+            torch.autograd.gradcheck(loss, leaves, check_batched_grad=True, nondet_tol=0)
+            torch.autograd.gradgradcheck(loss, leaves, nondet_tol=0)
 
 
 @by_call

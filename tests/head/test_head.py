@@ -446,21 +446,6 @@ def test_plain_loss_of_every_form(form, device):
     assert relative_error(got, want) <= DOUBLE
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
-def test_batchmean_of_the_plain_loss(dtype, device):
-    logits = torch.randn(6, 5, device=device).to(dtype).requires_grad_()
-    target = torch.rand(6, 5, device=device).round()
-    fused = fused_bce.functional.binary_cross_entropy_with_logits
-    for more in ({}, {"ignore_index": 1}, {"label_smoothing": 0.2}):
-        got = torch.autograd.grad(fused(logits, target, reduction="batchmean", **more), logits)[0]
-        total = torch.autograd.grad(fused(logits, target, reduction="sum", **more), logits)[0]
-        torch.testing.assert_close(got, total / 6)
-    # Also where torch computes it
-    by_torch = torch.func.grad(lambda x: fused(x, target, reduction="batchmean"))(logits.detach())
-    ours = torch.autograd.grad(fused(logits, target, reduction="batchmean"), logits)[0]
-    torch.testing.assert_close(by_torch, ours)
-
-
 @by_chunk
 @pytest.mark.parametrize("beyond", [0, 2**32], ids=["near", "far"])
 def test_labels_beyond_the_matrix_write_nowhere(beyond, chunk_bytes, device):

@@ -2,7 +2,6 @@
 validation of the targets."""
 
 import copy
-import io
 import itertools
 import math
 import pickle
@@ -31,7 +30,6 @@ from helpers import (
     reference,
     torch_bce,
 )
-from torch.autograd import forward_ad
 
 import fused_bce
 from fused_bce import BCEWithLogitsLoss
@@ -408,56 +406,7 @@ EXTRAS = {
 by_extras = pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
 
 
-@by_weights
-@by_reduction
-@by_extras
-def test_gradcheck(extras, reduction, weights, device):
-    logits = logits_of((3, 4), device, DOUBLE).requires_grad_()
-    # Targets that a step of gradcheck does not bring to the ignored value.
-    target = ignored_by(extras, (3, 4), device, DOUBLE)
-    weights = draw_weights(weights, (4,), device, DOUBLE)
-
-    def loss(x):
-        return fused(x, target, reduction=reduction, **extras, **weights)
-
-    for fast_mode in (False, True):
-        assert torch.autograd.gradcheck(
-            loss, logits, check_batched_grad=not fast_mode, fast_mode=fast_mode
-        )
-        assert torch.autograd.gradgradcheck(loss, logits, fast_mode=fast_mode)
-
-
-@by_reduction
-@by_extras
-def test_gradient_of_the_target(extras, reduction, device):
-    target = ignored_by(extras, (6, 5), device, DOUBLE)
-    logits = logits_of((6, 5), device, DOUBLE)
-    got = evaluate(fused, logits, target, target_grad=True, reduction=reduction, **extras)
-    exact = evaluate(by_torch, logits, target, target_grad=True, reduction=reduction, **extras)
-    for g, e in zip(got, exact, strict=True):
-        assert_double_close(g, e)
-
-
 # Where torch's function takes the kernel's place
-
-
-TRANSFORMS = {
-    "grad": lambda f, x: torch.func.grad(f)(x),
-    "hessian": lambda f, x: torch.func.hessian(f)(x),
-    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
-    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),)),
-}
-
-
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-@pytest.mark.parametrize("target_dtype", [torch.int64, DOUBLE], ids=dtype_name)
-@by_extras
-def test_func_transforms(extras, target_dtype, transform, device):
-    target = ignored_by(extras, (3, 4), device, target_dtype)
-    logits = logits_of((3, 4), device, DOUBLE)
-    got = transform(lambda x: fused(x, target, **extras), logits)
-    exact = transform(lambda x: by_torch(x, target, **extras), logits)
-    torch.testing.assert_close(got, exact)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean"])
@@ -502,28 +451,6 @@ def test_left_to_torch_under_autocast(extras, device):
         got = fused(negated, target, **extras)
         torch.testing.assert_close(got, fused(logits, target, **extras))
     assert fused_bce.why_not_fused(negated, target) is not None
-
-
-@by_extras
-def test_forward_mode(extras, device):
-    target = ignored_by(extras, (3, 4), device, DOUBLE)
-    logits = logits_of((3, 4), device, DOUBLE)
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(logits, torch.ones_like(logits))
-        tangent = forward_ad.unpack_dual(fused(dual, target, **extras)).tangent
-    assert_double_close(tangent, evaluate(fused, logits, target, **extras).grad_logits.sum())
-
-
-@by_reduction
-@by_extras
-def test_jit_script(extras, reduction, device):
-    loss = BCEWithLogitsLoss(reduction=reduction, **extras).to(device)
-    target = ignored_by(extras, (3, 4), device, torch.int64)
-    logits = logits_of((3, 4), device, DOUBLE)
-    file = io.BytesIO()
-    torch.jit.save(torch.jit.script(loss), file)
-    file.seek(0)
-    assert_double_close(torch.jit.load(file)(logits, target), loss(logits, target))
 
 
 # Validation

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from helpers import evaluate
+from loss_calls import EXTRAS
 from loss_cases import BCE, LOSSES
 from torch._dynamo import compiled_autograd
 from torch._dynamo.utils import counters
@@ -16,13 +17,6 @@ import fused_bce
 
 OPS = torch.ops.fused_bce
 NUMBERS = {"none": 0, "mean": 1, "sum": 2}
-EXTRAS = {
-    "weight": {"weight": torch.linspace(0.5, 2, 6)[:, None]},
-    "smoothed": {"label_smoothing": 0.2},
-    "ignored": {"ignore_index": 1},
-    "ignored nan": {"ignore_index": math.nan},
-    "recompute": {"recompute": True},
-}
 
 
 def list_cases():
