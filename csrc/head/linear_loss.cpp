@@ -113,9 +113,9 @@ class LinearLossCall {
 
   bool any_wanted() const { return wanted_[0] || wanted_[1] || wanted_[2]; }
 
+  // Whether it is wanted or not: the loss has the same bits with it and without.
   int64_t bytes_of_grad_input() const {
-    const auto size = static_cast<int64_t>(c10::elementSize(o_.wide_dtype()));
-    return wanted_[0] ? o_.input.numel() * size : 0;
+    return o_.input.numel() * static_cast<int64_t>(c10::elementSize(o_.wide_dtype()));
   }
 
   // Threads that take blocks of their own wait for each other once, not at the end of each product

@@ -71,6 +71,8 @@ def second_order(operands, target, **options):
     return torch.autograd.grad(sum(g.square().sum() for g in grads), wide.leaves())
 
 
+# torch scripts its forward-mode formulas itself when they are first used, and warns of that.
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is (deprecated|not supported)")
 def test_why_not_fused_in_transforms(device):
     input, weight, bias = (t.detach() for t in draw_operands(device, torch.float64))
     target = as_rows(draw_target()).to(device)

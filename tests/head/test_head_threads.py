@@ -55,6 +55,18 @@ def test_same_bits_from_run_to_run(set_threads, chunk_bytes, threads):
         assert all(torch.equal(a, b) for a, b in zip(first.grads, again.grads, strict=True))
 
 
+@by_threads
+def test_same_loss_without_gradients(set_threads, threads):
+    operands = draw_operands("cpu", rows=ROWS, labels=LABELS)
+    target = as_rows(draw_target(ROWS, LABELS))
+    set_threads(threads)
+    for chunk_bytes in (CHUNK, 4 * operands.input.numel()):  # no room for several sums
+        want = evaluate(operands, target, chunk_bytes=chunk_bytes).loss
+        with torch.no_grad():
+            got = head(*operands[:2], target, linear_bias=operands[2], chunk_bytes=chunk_bytes)
+        assert torch.equal(got, want)
+
+
 def test_profiles_show_all_blocks(set_threads):
     """Also those of the other threads."""
     operands = draw_operands("cpu", rows=ROWS, labels=LABELS)
