@@ -38,7 +38,31 @@ namespace {
 // their sum is not: with one alone, the result would be rounded twice.
 constexpr int64_t kRoundedProducts = 8;
 
+// Threads that take blocks of their own wait for each other once, not at the end of each product
+// and each loss.
+struct Sharing {
+  int threads = 1;
+  int64_t shares = 1;  // of the labels; which thread takes which is open
+};
+
+// So many, so that a thread that other work slows down takes fewer.
 constexpr int64_t kSharesOfThread = 4;
+
+// Each share has a sum of its own for the gradient of the input; they may need as much memory as
+// the blocks. They are added up in order, so that bits do not depend on who took which. Nor do
+// those of the loss depend on which gradients are wanted.
+Sharing share_labels(const LinearOperands& o) {
+  const int64_t rows = o.input.size(0), labels = o.linear_weight.size(0);
+  const int threads = at::get_num_threads();
+  if (!o.input.is_cpu() || threads == 1 || at::in_parallel_region() || labels < rows) return {};
+  const auto size = static_cast<int64_t>(c10::elementSize(o.wide_dtype()));
+  const int64_t bytes_of_sum = std::max<int64_t>(o.input.numel() * size, 1);
+  const int64_t most = std::min(
+      {kSharesOfThread * threads, labels / kLeastWidth, chunk_bytes_of(o, threads) / bytes_of_sum});
+  // As many for each, or one would wait.
+  if (const int64_t shares = most / threads * threads; shares > 1) return {threads, shares};
+  return {};
+}
 
 // sum = alpha a b, or with more, sum += alpha a b, added up in the dtype of the sum. Of all that is
 // added up, `terms` are those of one element.
@@ -64,7 +88,8 @@ class LinearLossCall {
       : device_(operands.input.device()),
         o_(operands),
         wanted_(wanted),
-        blocks_(o_, choose_threads()),
+        sharing_(share_labels(o_)),
+        blocks_(o_, sharing_.threads, sharing_.shares),
         targets_(o_, blocks_.block_rows(), blocks_.block_labels()),
         rows_(blocks_.rows()),
         labels_(blocks_.labels()),
@@ -78,17 +103,18 @@ class LinearLossCall {
   }
 
   LinearLoss run() {
-    std::vector<Sums> sums(static_cast<size_t>(number_of_shares()));
-    std::atomic<size_t> next{0};
+    std::vector<Sums> sums(static_cast<size_t>(sharing_.shares));
+    std::atomic<int64_t> next{0};
     const auto work = [&] {
       Buffers buffers{blocks_.make_buffer(), targets_.make_buffer()};
-      for (size_t i; (i = next++) < sums.size();) sums[i] = add_up(share(i, sums.size()), buffers);
+      for (int64_t i; (i = next++) < sharing_.shares;)
+        sums[static_cast<size_t>(i)] = add_up(share(i), buffers);
     };
-    if (sums.size() == 1) {
+    if (sharing_.shares == 1) {
       work();
     } else {
       const at::ThreadLocalState state;  // what is below autograd, and profiled
-      at::parallel_for(0, blocks_.threads(), 1, [&](int64_t, int64_t) {
+      at::parallel_for(0, sharing_.threads, 1, [&](int64_t, int64_t) {
         const at::ThreadLocalStateGuard same(state);
         work();
       });
@@ -113,33 +139,10 @@ class LinearLossCall {
 
   bool any_wanted() const { return wanted_[0] || wanted_[1] || wanted_[2]; }
 
-  // Whether it is wanted or not: the loss has the same bits with it and without.
-  int64_t bytes_of_grad_input() const {
-    return o_.input.numel() * static_cast<int64_t>(c10::elementSize(o_.wide_dtype()));
-  }
-
-  // Threads that take blocks of their own wait for each other once, not at the end of each product
-  // and each loss. Their sums may need as much memory as their blocks.
-  int choose_threads() const {
-    if (!o_.input.is_cpu() || at::in_parallel_region()) return 1;
-    const int threads = at::get_num_threads();
-    return threads * bytes_of_grad_input() <= chunk_bytes_of(o_, threads) ? threads : 1;
-  }
-
-  // Several for a thread, so that one that other work slows down takes fewer. Each has sums of its
-  // own, which are added up in order: the same from run to run, whoever takes which.
-  int64_t number_of_shares() const {
-    const int threads = blocks_.threads();
-    if (threads == 1) return 1;
-    const int64_t most = chunk_bytes_of(o_, threads) / std::max<int64_t>(bytes_of_grad_input(), 1);
-    return std::min({kSharesOfThread * threads, blocks_.parts_of_labels(), most});
-  }
-
-  // Of whole blocks
-  Range share(size_t i, size_t shares) const {
-    const auto bound = [&](size_t j) {
-      const auto block =
-          static_cast<int64_t>(j) * blocks_.parts_of_labels() / static_cast<int64_t>(shares);
+  // Labels of whole blocks
+  Range share(int64_t i) const {
+    const auto bound = [&](int64_t j) {
+      const int64_t block = j * blocks_.parts_of_labels() / sharing_.shares;
       return std::min(block * blocks_.block_labels(), labels_);
     };
     return {bound(i), bound(i + 1) - bound(i)};
@@ -237,6 +240,7 @@ class LinearLossCall {
   c10::DeviceGuard device_;
   const LinearOperands& o_;
   Wanted wanted_;
+  const Sharing sharing_;
   const LogitBlocks blocks_;
   const TargetBlocks targets_;
   int64_t rows_, labels_;

@@ -19,8 +19,7 @@ namespace {
 constexpr int64_t kChunkBytesOnCpu = int64_t{4} << 20;
 constexpr int64_t kLeastBytesOfThread = int64_t{1} << 20;
 constexpr int64_t kChunkBytesOnGpu = int64_t{256} << 20;
-// Products of blocks narrower than this are slow.
-constexpr int64_t kLeastWidth = 256;
+constexpr int64_t kAlignedLabels = 16;  // of blocks whose rows begin with a line of the cache
 
 // The CPU's products of half types are slow where it has no instructions for them: there the
 // operands are widened block by block.
@@ -38,19 +37,14 @@ int64_t chunk_bytes_of(const LinearOperands& o, int threads) {
                           : kChunkBytesOnGpu;
 }
 
-LogitBlocks::LogitBlocks(const LinearOperands& operands, int threads)
+LogitBlocks::LogitBlocks(const LinearOperands& operands, int threads, int64_t shares)
     : o_(operands),
       rows_(o_.input.size(0)),
       labels_(o_.linear_weight.size(0)),
-      threads_(threads),
       logits_dtype_(o_.logits_dtype()),
       product_dtype_(choose_product_dtype(o_)),
       input_(as_factor(o_.input)) {
-  choose_blocks();
-  if (parts_of_labels() < threads_) {
-    threads_ = 1;
-    choose_blocks();
-  }
+  choose_blocks(threads, shares);
 }
 
 Tensor LogitBlocks::as_factor(const Tensor& t) const {
@@ -62,8 +56,8 @@ Tensor LogitBlocks::weight(Range labels) const {
 }
 
 // Of the longer of both sides, and of the shorter one where a block would be too narrow.
-void LogitBlocks::choose_blocks() {
-  const int64_t bytes = chunk_bytes_of(o_, threads_) / threads_;
+void LogitBlocks::choose_blocks(int threads, int64_t shares) {
+  const int64_t bytes = chunk_bytes_of(o_, threads) / threads;
   const int64_t elements =
       std::max<int64_t>(bytes / static_cast<int64_t>(c10::elementSize(product_dtype_)), 1);
   const auto square = static_cast<int64_t>(std::sqrt(static_cast<double>(elements)));
@@ -77,6 +71,11 @@ void LogitBlocks::choose_blocks() {
   const bool casts = o_.linear_weight.scalar_type() != product_dtype_;
   const int64_t width = casts ? std::max(shorter, o_.input.size(1)) : shorter;
   longer = at_most(std::max(labels_, rows_), elements / width);
+  if (shares > 1) {
+    const int64_t labels = at::ceil_div(labels_, shares);
+    const int64_t even = at::ceil_div(labels, at::ceil_div(labels, block_labels_));
+    block_labels_ = std::min(at::round_up(even, kAlignedLabels), block_labels_);
+  }
 }
 
 Tensor LogitBlocks::make_buffer() const {

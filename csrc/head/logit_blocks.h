@@ -1,6 +1,7 @@
 // The logits of a linear layer, one block of rows and labels at a time.
 #pragma once
 
+#include <ATen/ceil_div.h>
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
@@ -25,23 +26,25 @@ inline at::Tensor part(const at::Tensor& t, int64_t dim, Range range) {
   return t.narrow(dim, range.begin, range.size);
 }
 
+// Products of blocks narrower than this are slow.
+constexpr int64_t kLeastWidth = 256;
+
 // Most bytes of the blocks of logits that so many threads hold at a time
 int64_t chunk_bytes_of(const LinearOperands& operands, int threads);
 
 class LogitBlocks {
  public:
-  // Reads the input, the layer, dtype and chunk_bytes; keeps a reference. For so many threads with
-  // a block each, if the labels are enough for that; else for one.
-  explicit LogitBlocks(const LinearOperands& operands, int threads = 1);
+  // Reads the input, the layer, dtype and chunk_bytes; keeps a reference. Each of so many threads
+  // holds a block; the blocks of labels are as many for each share.
+  explicit LogitBlocks(const LinearOperands& operands, int threads = 1, int64_t shares = 1);
 
   int64_t rows() const { return rows_; }
   int64_t labels() const { return labels_; }
-  int threads() const { return threads_; }
   // The most rows and labels of a block
   int64_t block_rows() const { return block_rows_; }
   int64_t block_labels() const { return block_labels_; }
   // How many parts block_labels() makes of the labels
-  int64_t parts_of_labels() const { return (labels_ + block_labels_ - 1) / block_labels_; }
+  int64_t parts_of_labels() const { return at::ceil_div(labels_, block_labels_); }
   // Of the factors of the products, and of the blocks
   at::ScalarType product_dtype() const { return product_dtype_; }
 
@@ -56,11 +59,10 @@ class LogitBlocks {
 
  private:
   at::Tensor as_factor(const at::Tensor& t) const;
-  void choose_blocks();
+  void choose_blocks(int threads, int64_t shares);
 
   const LinearOperands& o_;
   int64_t rows_, labels_;
-  int threads_;
   at::ScalarType logits_dtype_, product_dtype_;
   at::Tensor input_;
   int64_t block_rows_ = 1, block_labels_ = 1;
