@@ -31,6 +31,7 @@ bench: $(built)  ## measure on the CPU ours beside eager, torch.compile and the 
 	$(python) benchmarks/run.py --device cpu --preset head
 	$(python) benchmarks/run.py --device cpu --preset pairwise
 	$(python) benchmarks/pairwise_processes.py
+	$(python) benchmarks/parts.py
 	$(python) benchmarks/run.py --device cpu --alone --mode fwd+bwd --dtype float32 bfloat16 --seconds 5 \
 	  --sizes $(patsubst %,2^%,20 21 22 23 24 25 26 27 28 29 30) --output benchmarks/results/cpu-cost.csv
 	$(python) benchmarks/accuracy.py --device cpu

@@ -202,6 +202,7 @@ def focal(results: Results) -> Iterable[tuple[str, ...]]:
 
 HEAD = {
     "AmazonCat-13K": "256 x 768 x 13,330",
+    "AmazonCat-13K, bfloat16": "256 x 768 x 13,330",
     "wide layer": "256 x 768 x 32,768",
     "narrow layer": "256 x 128 x 131,072",
     "Wiki-500K": "128 x 64 x 501,070",
@@ -217,6 +218,21 @@ def head(results: Results) -> Iterable[tuple[str, ...]]:
         names = ("head", "fused", "compile", "eager")
         peak = ", ".join(f"{rows[n].peak_multiple:.2f}" for n in names)
         yield name, shape, *times, peak
+
+
+PARTS = {"parts": "`parts=16`", "whole": "whole", "eager": "torch.nn"}
+
+
+def parts(results: Results) -> Iterable[tuple[str, ...]]:
+    for shape in ("64x256x100000", "128x64x501070"):
+        by_sgd, by_adam = (
+            results.case(shape=shape, workload=optimizer) for optimizer in ("SGD", "AdamW")
+        )
+        sizes = [int(size) for size in shape.split("x")]
+        for name, label in PARTS.items():
+            of_weight = by_sgd[name].peak_bytes / (4 * sizes[1] * sizes[2])
+            times = time(by_sgd[name]), time(by_adam[name])
+            yield " x ".join(f"{size:,}" for size in sizes), label, f"{of_weight:.2f}", *times
 
 
 def pairwise(results: Results) -> Iterable[tuple[str, ...]]:
@@ -245,6 +261,7 @@ TABLES = [
     DocTable("docs/extras.md", "| | peak memory |", "cpu-heads.csv", heads),
     DocTable("docs/focal.md", "| reduction sum", "cpu-focal.csv", focal),
     DocTable("docs/head.md", "| | rows x features x labels |", "cpu-head.csv", head),
+    DocTable("docs/head.md", "| rows x features x labels | | peak", "cpu-parts.csv", parts),
     DocTable("docs/pairwise.md", "| N | logits, MiB |", "cpu-pairwise.csv", pairwise),
     DocTable("docs/pairwise.md", "| processes |", "cpu-pairwise-processes.csv", processes),
 ]

@@ -1,6 +1,6 @@
 """A step of training a head, with its weight whole and in 16 parts, and of torch.nn, on the CPU.
 
-    python benchmarks/parts.py [--threads 1]       SGD and Adam's W, at two sizes
+    python benchmarks/parts.py       SGD and Adam's W, at two sizes
 
 Each contender computes the gradients and makes the step of a fused optimizer of torch, in parts one
 for each part in backward. Time and peak memory beyond the weight and the optimizer's states; a CSV
@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--sizes", nargs="+", default=SIZES, metavar="NxFxC", help=f"default: {' '.join(SIZES)}")
-    add("--threads", type=int, default=1, help="beside other work each loop waits for others (1)")
+    add("--threads", type=int, default=torch.get_num_threads(), help="default: as torch")
     add("--repeats", type=int, default=9, help="rounds (9)")
     add("--output", type=Path, default=RESULTS, help="a CSV file, or a folder (benchmarks/results)")
     return parser.parse_args()
