@@ -62,9 +62,10 @@ def test_same_loss_without_gradients(set_threads, threads):
     set_threads(threads)
     for chunk_bytes in (CHUNK, 4 * operands.input.numel()):  # no room for several sums
         want = evaluate(operands, target, chunk_bytes=chunk_bytes).loss
-        with torch.no_grad():
-            got = head(*operands[:2], target, linear_bias=operands[2], chunk_bytes=chunk_bytes)
-        assert torch.equal(got, want)
+        for without_gradients in (torch.no_grad(), torch.inference_mode()):
+            with without_gradients:
+                got = head(*operands[:2], target, linear_bias=operands[2], chunk_bytes=chunk_bytes)
+            assert torch.equal(got, want)
 
 
 def test_profiles_show_all_blocks(set_threads):
