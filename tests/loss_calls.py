@@ -96,16 +96,16 @@ def pointwise(case, name, options):
     )
 
 
-def mix(case):
+def mixed_options(case):
     """What all losses take, with the loss's own options in turns."""
     own = list(case.options.items())
     for i, (name, extras) in enumerate(EXTRAS.items()):
         own_name, options = own[i % len(own)]
-        yield pointwise(case, f"{name} {own_name}", options | extras)
+        yield f"{name} {own_name}", options | extras
 
 
 OWN = [pointwise(case, *item) for case in (BCE, *LOSSES) for item in case.options.items()]
-MIXED = [call for case in (BCE, *LOSSES) for call in mix(case)]
+MIXED = [pointwise(case, *item) for case in (BCE, *LOSSES) for item in mixed_options(case)]
 
 
 # Of the linear layer before them, in blocks of some logits or all
@@ -231,13 +231,27 @@ def pairwise_calls():
 OTHERS = [*head_calls(), *pairwise_calls()]
 CALLS = [*OWN, *MIXED, *OTHERS]
 by_call = pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
-# For graphs, which take seconds: each with one reduction and one dtype, in turns; what all losses
-# take, with two of them (there are 6 of it, so that a step of 5 meets each once).
+
+
+def path_of(call):
+    """What a graph of it consists of: numbers, whichever they are, are its operands."""
+    options = call.options.items()
+    return call.function, *(name for name, o in options if isinstance(o, Tensor | bool))
+
+
+# For graphs, which take seconds: each path with one reduction and one dtype, in turns; what all
+# losses take, with two of them (there are 6 of it, so that a step of 5 meets each once).
+GRAPHS = [
+    *{path_of(call): call for call in reversed(OWN)}.values(),
+    *MIXED[::5],
+    *MIXED[3::5],
+    *OTHERS,
+]
 by_graph = pytest.mark.parametrize(
     ("call", "reduction", "dtype"),
     [
         pytest.param(call, reduction, dtype, id=f"{call.name}-{reduction}-{dtype_name(dtype)}")
-        for i, call in enumerate([*OWN, *MIXED[::5], *MIXED[3::5], *OTHERS])
+        for i, call in enumerate(GRAPHS)
         for reduction in [call.reductions[i % len(call.reductions)]]
         for dtype in [FLOATS[i // 3 % 4]]
     ],

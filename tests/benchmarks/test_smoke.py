@@ -194,6 +194,7 @@ def test_parts(tmp_path):
     assert all(row.peak_bytes < weight / 2 for row in rows if row.contender == "parts")
 
 
+@pytest.mark.large
 def test_processes_of_pairs(tmp_path):
     """The script itself compares the losses and the gradients of the contenders."""
     path = tmp_path / "results.csv"

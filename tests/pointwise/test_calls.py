@@ -17,7 +17,7 @@ from helpers import (
     evaluate,
     outcome,
 )
-from loss_calls import EXTRAS
+from loss_calls import mixed_options
 from loss_cases import BCE, FOCAL, LOSSES, QUALITY_FOCAL
 from torch.nn import Parameter
 from torch.testing._internal.two_tensor import TwoTensor
@@ -31,21 +31,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*` is (deprecated|not
 INTEGERS = (torch.bool, torch.uint8, torch.int64)
 
 
-def calls_of(case):
-    """With what all losses take go the loss's own options in turn."""
-    for name, options in case.options.items():
-        yield name, options
-    own = list(case.options.items())
-    for i, (name, extras) in enumerate(EXTRAS.items()):
-        own_name, options = own[i % len(own)]
-        yield f"{name} {own_name}", options | extras
-
-
 by_loss = pytest.mark.parametrize("case", LOSSES, ids=lambda case: case.name)
 CALLS = [
     pytest.param(case, options, id=f"{case.name}-{name}")
     for case in (*LOSSES, BCE)
-    for name, options in calls_of(case)
+    for name, options in [*case.options.items(), *mixed_options(case)]
 ]
 by_call_of_all = pytest.mark.parametrize(("case", "options"), CALLS)
 by_call = pytest.mark.parametrize(("case", "options"), [p for p in CALLS if p.values[0] != BCE])

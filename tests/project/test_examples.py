@@ -104,6 +104,7 @@ WRONG_HEAD = WRONG_LOSS.replace("BCEWithLogitsLoss", "LinearBCEWithLogitsLoss")
 
 @pytest.mark.usefixtures("_needs_extras")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads its memory in /proc")
+@pytest.mark.large
 def test_train_extreme_labels_agrees_with_torch(tmp_path):
     done = run(EXAMPLES / "train_extreme_labels.py", "--quick", "--output", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -173,13 +174,11 @@ def test_tutorial_notices_a_wrong_loss():
     assert "fused_bce gives 0.3078, torch 0.3048." in done.stderr
 
 
+@pytest.mark.large
 @pytest.mark.parametrize(
     ("parallel", "processes"),
-    [
-        (["batch", "labels", "head"], 2),
-        # Ten labels are 3, 3, 3 and 1.
-        pytest.param(["head"], 4, marks=pytest.mark.large),
-    ],
+    # Ten labels are 3, 3, 3 and 1.
+    [(["batch", "labels", "head"], 2), (["head"], 4)],
 )
 def test_train_distributed_agrees_with_one_process(parallel, processes):
     pytest.importorskip("sklearn")
@@ -196,6 +195,7 @@ def test_train_distributed_agrees_with_one_process(parallel, processes):
 
 
 @pytest.mark.usefixtures("_needs_extras")
+@pytest.mark.large
 def test_train_siglip_agrees_with_the_plain_formula(tmp_path):
     options = ["--output", tmp_path, "--epochs", 20, "--peak-batch-size", 2048]
     done = run(EXAMPLES / "train_siglip.py", *options)

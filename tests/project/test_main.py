@@ -137,6 +137,7 @@ class OneSecond:
         return self
 
 
+@pytest.mark.large
 def test_in_another_folder(tmp_path):
     """The whole, as a user runs it, with the exit status of success and nothing but JSON."""
     command = [sys.executable, "-W", "error", "-m", "fused_bce", "--json"]
