@@ -56,8 +56,8 @@ Tensor vanishing_product(const Tensor& x, const Tensor& y) {
 
 Tensor bounded(const Tensor& logits) { return logits.clamp(kVanishing, -kVanishing); }
 
-Tensor LogisticTerms::product(const Tensor& power, const Tensor& ce) const {
-  return may_be_extreme ? vanishing_product(power, ce) : power * ce;
+Tensor LogisticTerms::product(const Tensor& power, const Tensor& loss) const {
+  return may_be_extreme ? vanishing_product(power, loss) : power * loss;
 }
 
 Tensor LogisticTerms::finite_ce() const {

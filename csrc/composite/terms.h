@@ -34,8 +34,8 @@ struct LogisticTerms {
   at::Tensor q, c;
   at::Tensor ce;  // without pos_weight
 
-  // power * ce; 0 where the power underflows, even if ce is infinite
-  at::Tensor product(const at::Tensor& power, const at::Tensor& ce) const;
+  // power * loss; 0 where the power underflows, even if the loss is infinite
+  at::Tensor product(const at::Tensor& power, const at::Tensor& loss) const;
   // 0 where the logit is infinite: the limit of what vanishes there, times ce
   at::Tensor finite_ce() const;
 };
