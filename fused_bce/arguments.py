@@ -38,6 +38,8 @@ def is_assertable(t: Tensor) -> bool:
 
 
 def is_int(n: object) -> bool:
+    if torch.jit.is_tracing() and isinstance(n, Tensor):
+        return n.dim() == 0 and n.dtype == torch.int64  # a size
     return isinstance(n, int | torch.SymInt) and not isinstance(n, bool)
 
 

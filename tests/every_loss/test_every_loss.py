@@ -161,11 +161,7 @@ def test_transforms(call, device):
         assert_all_close(*results)
 
 
-# In a trace the size by which other positives are made is a tensor.
-TRACED = [call for call in OTHERS if call.name not in ("pairs-diagonal", "pairs-none")]
-
-
-@pytest.mark.parametrize("call", TRACED, ids=lambda call: call.name)
+@pytest.mark.parametrize("call", OTHERS, ids=lambda call: call.name)
 def test_trace(call, device):
     leaves, rest = call.operands(device)
     operands = [t.detach() for t in leaves]

@@ -271,6 +271,17 @@ def test_whole_logits_have_the_same_dtype(device):
         assert ours.item() == pytest.approx(whole.item(), rel=torch.finfo(torch.float16).eps)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is (deprecated|not supported)")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of checks of the sizes
+def test_a_trace_takes_batches_of_another_size(device):
+    def loss(*inputs):
+        return pairwise_sigmoid_loss(*inputs, logit_scale=10.0, logit_bias=-3.0)
+
+    traced = torch.jit.trace(loss, tuple(t.detach() for t in draw((12, 7), device)[:2]))
+    inputs = [t.detach() for t in draw((9, 14), device)[:2]]
+    torch.testing.assert_close(traced(*inputs), loss(*inputs))
+
+
 def test_fx_traces_one_call(device):
     class Model(torch.nn.Module):
         def __init__(self, loss):
