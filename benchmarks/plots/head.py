@@ -43,7 +43,7 @@ def plot_chunk_bytes(rows: list[Row]) -> Figure:
     for contender, label in lines.items():
         color = STYLES[contender]["color"]
         axes.axhline(times[contender], color=color, linestyle="--", label=label)
-    axes.set_xlabel("chunk_bytes, of a block of logits")
+    axes.set_xlabel("chunk_bytes, of all blocks of logits")
     axes.set_ylabel("milliseconds, median")
     axes.set_ylim(bottom=0)
     axes.legend()
