@@ -50,7 +50,7 @@ def pairwise_sigmoid_loss(
             N rows and M labels, for several captions of an image for example. Of its ``values`` one
             between 0 and 1 is for a pair that may be positive, and nan for one that is left out.
         reduction: ``"batchmean"``, the sum over N, as SigLIP has it; ``"mean"`` or ``"sum"``.
-        chunk_bytes: most bytes of a block of logits; None: by device.
+        chunk_bytes: most bytes of the blocks of logits that exist at a time; None: by device.
         validate_targets: raises for ``values`` outside [0, 1] that are not nan.
 
     Returns:
