@@ -18,7 +18,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -207,7 +207,10 @@ def run(setting: Setting, way: str) -> Result | None:
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
             return pool.submit(train, setting, way).result()
-        except (MemoryError, RuntimeError) as error:  # a process that was ended is a RuntimeError
+        except (MemoryError, RuntimeError) as error:
+            ended = isinstance(error, MemoryError | BrokenExecutor)
+            if not ended and "allocate memory" not in str(error):
+                raise
             tqdm.write(f"{way}: {type(error).__name__}: {error}")
             return None
 
