@@ -55,6 +55,19 @@ def _folder_of_torch_is_quoted():
         yield
 
 
+@pytest.fixture
+def _fresh_compiler():
+    """Graphs of other tests count towards its limits."""
+    from torch._dynamo.utils import (
+        counters,  # takes a second, and few tests compile
+    )
+
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     """Every test draws the same numbers, whichever tests ran before it."""

@@ -29,6 +29,15 @@ HANGS = 600
 REDUCTIONS = ("none", "mean", "sum")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+# Of a test that compiles: with warnings that are torch's own, in its compiler and in torch.export
+IN_COMPILERS = [
+    pytest.mark.usefixtures("_fresh_compiler"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*is (deprecated|not supported)"),
+]
+
 by_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 

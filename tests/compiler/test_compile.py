@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from helpers import (
+    IN_COMPILERS,
     by_dtype_pair,
     by_reduction,
     draw,
@@ -28,18 +29,10 @@ LOSS = OPS.binary_cross_entropy_with_logits.default
 REDUCTION_NUMBERS = {"none": 0, "mean": 1, "sum": 2}
 
 pytestmark = [
-    # torch's own, in its compiler, in opcheck, and in loading an exported program.
-    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    *IN_COMPILERS,
+    # In loading an exported program
     pytest.mark.filterwarnings("ignore:The given buffer is not writable"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*is (deprecated|not supported)"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch.compiler.reset()
 
 
 def compiled(function, backend="aot_eager", **options):

@@ -5,23 +5,15 @@ import math
 
 import pytest
 import torch
-from helpers import fused, reference
+from helpers import IN_COMPILERS, fused, reference
 from torch._dynamo.utils import counters
 
 import fused_bce
 
 # The compiler's own, on its way through torch
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*` is (deprecated|not supported)")
+pytestmark = IN_COMPILERS
 
 SCHEDULE = [0.9 - 0.05 * k for k in range(12)]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
 
 
 def batch(device):

@@ -2,9 +2,8 @@
 
 import contextlib
 
-import pytest
 import torch
-from helpers import assert_double_close
+from helpers import IN_COMPILERS, assert_double_close
 from loss_calls import by_graph, exactly, loss_and_grads
 from torch import nn
 from torch._dynamo import compiled_autograd
@@ -16,20 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_bce
 
-# torch's own, in its compiler and in torch.export
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*is (deprecated|not supported)"),
-]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = IN_COMPILERS
 
 
 def assert_same_bits(got, want):

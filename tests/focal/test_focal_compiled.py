@@ -1,27 +1,13 @@
 """The focal loss in torch.compile with numbers that vary; the rest is in tests/pointwise."""
 
-import pytest
 import torch
 from focal_reference import by_torchvision
-from helpers import evaluate
+from helpers import IN_COMPILERS, evaluate
 from torch._dynamo.utils import counters
 
 from fused_bce.functional import sigmoid_focal_loss
 
-# torch's own, in its compiler
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*is (deprecated|not supported)"),
-]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
+pytestmark = IN_COMPILERS
 
 
 def scheduled(logits, target, p):

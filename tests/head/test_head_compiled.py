@@ -23,7 +23,7 @@ from head_cases import (
     ignore_csr,
     relative_error,
 )
-from helpers import as_rows_with_nan_again
+from helpers import IN_COMPILERS, as_rows_with_nan_again
 from torch.export import Dim, export
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
@@ -34,20 +34,7 @@ from fused_bce import LinearBCEWithLogitsLoss, SparseTarget
 OPS = torch.ops.fused_bce
 DOUBLE = 1e-13  # see test_head.py
 
-# torch's own, in its compiler, in opcheck and in torch.export
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*is (deprecated|not supported)"),
-]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = IN_COMPILERS
 
 
 def test_nan_named_again_is_one_element(device):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import evaluate
+from helpers import IN_COMPILERS, evaluate
 from loss_calls import EXTRAS
 from loss_cases import BCE, LOSSES
 from torch._dynamo import compiled_autograd
@@ -34,21 +34,7 @@ def list_cases():
 by_loss = pytest.mark.parametrize("case", LOSSES, ids=lambda case: case.name)
 by_case = pytest.mark.parametrize(("case", "options", "reduction"), [*list_cases()])
 
-# torch's own, in its compiler, in opcheck and in torch.export
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*is (deprecated|not supported)"),
-]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
+pytestmark = IN_COMPILERS
 
 
 def batch(device, options):
