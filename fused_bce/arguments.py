@@ -38,8 +38,8 @@ def is_assertable(t: Tensor) -> bool:
 
 
 def is_int(n: object) -> bool:
-    if torch.jit.is_tracing() and isinstance(n, Tensor):
-        return n.dim() == 0 and n.dtype == torch.int64  # a size
+    if isinstance(n, Tensor):  # as a size is in a trace
+        return torch.jit.is_tracing() and n.dim() == 0 and n.dtype == torch.int64
     return isinstance(n, int | torch.SymInt) and not isinstance(n, bool)
 
 
