@@ -2,19 +2,13 @@
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.fx import Proxy
 
 from fused_bce.extras import Extras
-from fused_bce.pointwise import (
-    PointwiseModule,
-    as_float,
-    evaluate,
-    find_loss,
-    scripted_options,
-)
+from fused_bce.pointwise import PointwiseModule, evaluate, find_loss
 from fused_bce.registrations import record_call
+from fused_bce.scripting import make_forward, make_scriptable
 from fused_bce.sparse import SparseTarget
 
 _LOSS = find_loss("asymmetric_loss")
@@ -90,56 +84,11 @@ def asymmetric_loss(
         return record_call(asymmetric_loss, locals())
     numbers = (gamma_neg, gamma_pos, clip, float(detach_weight))
     _LOSS.check_numbers(numbers)
-    return evaluate(
-        _LOSS,
-        input,
-        target,
-        weight,
-        pos_weight,
-        numbers,
-        reduction,
-        Extras(label_smoothing, ignore_index, validate_targets, recompute),
-    )
+    extras = Extras(label_smoothing, ignore_index, validate_targets, recompute)
+    return evaluate(_LOSS, input, target, weight, pos_weight, numbers, reduction, extras)
 
 
-def _scripted(
-    input: Tensor,
-    target: Tensor,
-    gamma_neg: int | float = 4.0,
-    gamma_pos: int | float = 1.0,
-    clip: int | float = 0.05,
-    reduction: str = "mean",
-    detach_weight: bool = False,
-    weight: Tensor | None = None,
-    pos_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    ignore_index: int | float | None = None,
-    validate_targets: bool = False,
-    recompute: bool = False,
-) -> Tensor:
-    """What torch.jit.script compiles in its place, without keyword-only arguments, which it cannot
-    compile."""
-    options = scripted_options(
-        input, target, reduction, label_smoothing, ignore_index, validate_targets
-    )
-    return torch.ops.fused_bce._asymmetric_loss_composite(
-        None,
-        None,
-        None,
-        None,
-        input,
-        target,
-        weight,
-        pos_weight,
-        as_float(gamma_neg),
-        as_float(gamma_pos),
-        as_float(clip),
-        float(detach_weight),
-        *options,
-    )
-
-
-asymmetric_loss.__prepare_scriptable__ = lambda: _scripted  # type: ignore[attr-defined]
+make_scriptable(asymmetric_loss, _LOSS)
 
 
 class AsymmetricLoss(PointwiseModule):
@@ -192,19 +141,4 @@ class AsymmetricLoss(PointwiseModule):
         extras = Extras(label_smoothing, ignore_index, validate_targets, recompute)
         super().__init__(_LOSS, numbers, reduction, extras, weight, pos_weight)
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return asymmetric_loss(
-            input,
-            target,
-            self.gamma_neg,
-            self.gamma_pos,
-            self.clip,
-            self.reduction,
-            detach_weight=self.detach_weight,
-            weight=self.weight,
-            pos_weight=self.pos_weight,
-            label_smoothing=self.label_smoothing,
-            ignore_index=self.ignore_index,
-            validate_targets=self.validate_targets,
-            recompute=self.recompute,
-        )
+    forward = make_forward(asymmetric_loss)

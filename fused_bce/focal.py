@@ -2,22 +2,16 @@
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.fx import Proxy
 
 from fused_bce.checks import check_reduction
 from fused_bce.dtypes import REDUCTIONS
 from fused_bce.extras import Extras
-from fused_bce.pointwise import (
-    PointwiseModule,
-    as_float,
-    evaluate,
-    find_loss,
-    scripted_options,
-)
+from fused_bce.pointwise import PointwiseModule, evaluate, find_loss
 from fused_bce.registrations import record_call
 from fused_bce.scalars import is_constant, scalar_operand
+from fused_bce.scripting import make_forward, make_scriptable
 from fused_bce.sparse import SparseTarget
 
 
@@ -104,16 +98,9 @@ def sigmoid_focal_loss(
         alpha = -1.0
     gamma_neg = _exponent_of_negatives(gamma, gamma_neg, inputs)
     _SMOOTHING.check_of_call(entropy_smoothing)
-    return evaluate(
-        _LOSS,
-        inputs,
-        targets,
-        weight,
-        pos_weight,
-        (alpha, gamma, gamma_neg, entropy_smoothing),
-        reduction,
-        Extras(label_smoothing, ignore_index, validate_targets, recompute),
-    )
+    numbers = (alpha, gamma, gamma_neg, entropy_smoothing)
+    extras = Extras(label_smoothing, ignore_index, validate_targets, recompute)
+    return evaluate(_LOSS, inputs, targets, weight, pos_weight, numbers, reduction, extras)
 
 
 def _exponent_of_negatives(gamma, gamma_neg, inputs: Tensor):
@@ -130,44 +117,7 @@ _LOSS = find_loss("sigmoid_focal_loss")
 _SMOOTHING = _LOSS.parameters[-1]
 
 
-def _scripted(
-    inputs: Tensor,
-    targets: Tensor,
-    alpha: int | float = 0.25,
-    gamma: int | float = 2.0,
-    reduction: str = "none",
-    gamma_neg: int | float | None = None,
-    entropy_smoothing: int | float = 0.0,
-    weight: Tensor | None = None,
-    pos_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    ignore_index: int | float | None = None,
-    validate_targets: bool = False,
-    recompute: bool = False,
-) -> Tensor:
-    """What torch.jit.script compiles in its place, without keyword-only arguments, which it cannot
-    compile."""
-    options = scripted_options(
-        inputs, targets, reduction, label_smoothing, ignore_index, validate_targets
-    )
-    return torch.ops.fused_bce._sigmoid_focal_loss_composite(
-        None,
-        None,
-        None,
-        None,
-        inputs,
-        targets,
-        weight,
-        pos_weight,
-        as_float(alpha),
-        as_float(gamma),
-        as_float(gamma if gamma_neg is None else gamma_neg),
-        as_float(entropy_smoothing),
-        *options,
-    )
-
-
-sigmoid_focal_loss.__prepare_scriptable__ = lambda: _scripted  # type: ignore[attr-defined]
+make_scriptable(sigmoid_focal_loss, _LOSS)
 
 
 class SigmoidFocalLoss(PointwiseModule):
@@ -226,19 +176,4 @@ class SigmoidFocalLoss(PointwiseModule):
         always = "alpha", "gamma", "reduction"
         return self._describe(always, gamma_neg=None, entropy_smoothing=0.0)
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return sigmoid_focal_loss(
-            input,
-            target,
-            self.alpha,
-            self.gamma,
-            self.reduction,
-            gamma_neg=self.gamma_neg,
-            entropy_smoothing=self.entropy_smoothing,
-            weight=self.weight,
-            pos_weight=self.pos_weight,
-            label_smoothing=self.label_smoothing,
-            ignore_index=self.ignore_index,
-            validate_targets=self.validate_targets,
-            recompute=self.recompute,
-        )
+    forward = make_forward(sigmoid_focal_loss)

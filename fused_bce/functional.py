@@ -15,9 +15,10 @@ from fused_bce.extras import Extras
 from fused_bce.focal import sigmoid_focal_loss
 from fused_bce.head import linear_binary_cross_entropy_with_logits
 from fused_bce.pairwise import pairwise_sigmoid_loss
-from fused_bce.pointwise import PointwiseLoss, evaluate, scripted_options
+from fused_bce.pointwise import PointwiseLoss, evaluate
 from fused_bce.quality_focal import quality_focal_loss
 from fused_bce.registrations import record_call
+from fused_bce.scripting import scripted_options
 from fused_bce.sparse import SparseTarget
 from fused_bce.varifocal import varifocal_loss
 

@@ -1,7 +1,6 @@
 """A call of any pointwise loss: its checks, whether the kernels cover it, what computes it."""
 
 import functools
-import math
 from collections.abc import Callable
 from numbers import Real
 from typing import NamedTuple
@@ -13,10 +12,8 @@ from torch.nn.modules.loss import _WeightedLoss
 from fused_bce import _C
 from fused_bce.checks import (
     check_ignore_index_of_rows,
-    check_label_smoothing,
     check_reduction,
     check_target_values,
-    is_invalid,
 )
 from fused_bce.coverage import log_once, why_not_dense
 from fused_bce.dtypes import REDUCTIONS, number_of_reduction
@@ -88,6 +85,12 @@ class PointwiseLoss(NamedTuple):
     def constants(self) -> list[str]:
         """What torch.jit.script takes for constants of the module."""
         return [*HasExtras.__constants__, *(parameter.name for parameter in self.parameters)]
+
+    @property
+    def own_names(self) -> list[str]:
+        """Of what its operators take between the weight and what all losses take."""
+        pos_weight = ["pos_weight"] if self.takes_pos_weight else []
+        return pos_weight + [parameter.name for parameter in self.parameters]
 
     def own(self, pos_weight: Tensor | None, numbers: tuple) -> tuple:
         return (pos_weight, *numbers) if self.takes_pos_weight else numbers
@@ -222,42 +225,6 @@ def _with_autocast(dtype: torch.dtype, input: Tensor) -> torch.dtype:
     # The meta device has no autocast to ask for.
     widened = not input.is_meta and torch.is_autocast_enabled(input.device.type)
     return torch.promote_types(dtype, torch.float32) if widened else dtype
-
-
-def scripted_options(
-    input: Tensor,
-    target: Tensor,
-    reduction: str,
-    label_smoothing: float,
-    ignore_index: int | float | None,
-    validate_targets: bool,
-) -> tuple[int, torch.dtype, Tensor | None, int | None, bool, Tensor | None]:
-    """What a composite operator takes last, of a call in TorchScript: the number of the reduction,
-    the dtype of the loss, the smoothing, the ignored index, whether nan is ignored, the divisor."""
-    check_label_smoothing(label_smoothing)
-    if validate_targets and bool(is_invalid(target, ignore_index).any()):
-        raise ValueError("a target lies outside [0, 1]")
-    if reduction not in ["none", "mean", "sum", "batchmean"]:
-        raise ValueError(reduction + " is not a valid value for reduction")
-    smoothing: Tensor | None = None
-    if label_smoothing != 0.0:
-        smoothing = torch.scalar_tensor(label_smoothing, dtype=torch.float64)
-    ignores_nan = isinstance(ignore_index, float)  # first: saved code has a new type after the next
-    index: int | None = None
-    if isinstance(ignore_index, int):
-        index = ignore_index
-    divisor: Tensor | None = None
-    if reduction == "batchmean":
-        size = float(input.size(0))
-        divisor = torch.scalar_tensor(math.nan if size == 0.0 else size, dtype=torch.float64)
-    number = 1 if reduction == "batchmean" else ["none", "mean", "sum"].index(reduction)
-    dtype = torch.promote_types(input.dtype, target.dtype)
-    return number, dtype, smoothing, index, ignores_nan, divisor
-
-
-def as_float(number: int | float) -> float:
-    """In TorchScript."""
-    return float(number) if isinstance(number, int) else number
 
 
 class PointwiseModule(HasExtras, _WeightedLoss):

@@ -2,19 +2,13 @@
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.fx import Proxy
 
 from fused_bce.extras import Extras
-from fused_bce.pointwise import (
-    PointwiseModule,
-    as_float,
-    evaluate,
-    find_loss,
-    scripted_options,
-)
+from fused_bce.pointwise import PointwiseModule, evaluate, find_loss
 from fused_bce.registrations import record_call
+from fused_bce.scripting import make_forward, make_scriptable
 from fused_bce.sparse import SparseTarget
 
 _LOSS = find_loss("varifocal_loss")
@@ -83,52 +77,11 @@ def varifocal_loss(
         return record_call(varifocal_loss, locals())
     numbers = (alpha, gamma, float(detach_weight))
     _LOSS.check_numbers(numbers)
-    return evaluate(
-        _LOSS,
-        input,
-        target,
-        weight,
-        None,
-        numbers,
-        reduction,
-        Extras(label_smoothing, ignore_index, validate_targets, recompute),
-    )
+    extras = Extras(label_smoothing, ignore_index, validate_targets, recompute)
+    return evaluate(_LOSS, input, target, weight, None, numbers, reduction, extras)
 
 
-def _scripted(
-    input: Tensor,
-    target: Tensor,
-    alpha: int | float = 0.75,
-    gamma: int | float = 2.0,
-    reduction: str = "mean",
-    detach_weight: bool = False,
-    weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    ignore_index: int | float | None = None,
-    validate_targets: bool = False,
-    recompute: bool = False,
-) -> Tensor:
-    """What torch.jit.script compiles in its place, without keyword-only arguments, which it cannot
-    compile."""
-    options = scripted_options(
-        input, target, reduction, label_smoothing, ignore_index, validate_targets
-    )
-    return torch.ops.fused_bce._varifocal_loss_composite(
-        None,
-        None,
-        None,
-        None,
-        input,
-        target,
-        weight,
-        as_float(alpha),
-        as_float(gamma),
-        float(detach_weight),
-        *options,
-    )
-
-
-varifocal_loss.__prepare_scriptable__ = lambda: _scripted  # type: ignore[attr-defined]
+make_scriptable(varifocal_loss, _LOSS)
 
 
 class VarifocalLoss(PointwiseModule):
@@ -177,17 +130,4 @@ class VarifocalLoss(PointwiseModule):
         extras = Extras(label_smoothing, ignore_index, validate_targets, recompute)
         super().__init__(_LOSS, numbers, reduction, extras, weight)
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return varifocal_loss(
-            input,
-            target,
-            self.alpha,
-            self.gamma,
-            self.reduction,
-            detach_weight=self.detach_weight,
-            weight=self.weight,
-            label_smoothing=self.label_smoothing,
-            ignore_index=self.ignore_index,
-            validate_targets=self.validate_targets,
-            recompute=self.recompute,
-        )
+    forward = make_forward(varifocal_loss)
