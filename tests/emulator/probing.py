@@ -7,6 +7,7 @@ Exits with WRONG if something is wrong. Streams and graphs are those of streams.
 
 import ctypes
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -126,7 +127,7 @@ def wrong_on_streams(library, in_last_block) -> str | None:
     """Two launches in each of two streams, which share the memory of their stream and are under way
     together."""
     for seed in SEEDS:
-        means = [Mean(2 * CHUNK + 5, in_last_block=in_last_block, stream=s) for s in STREAMS]
+        means = [Mean(CHUNK + 5, in_last_block=in_last_block, stream=s) for s in STREAMS]
         library.emulator_hold_back()
         errors = [mean.launch(library) for mean in means * 2]
         if any(mean.loss[0] == mean.loss[0] for mean in means):
@@ -140,7 +141,7 @@ def wrong_on_streams(library, in_last_block) -> str | None:
 
 def wrong_replay(library, in_last_block) -> str | None:
     """What was captured once is replayed with other numbers, also beside a launch elsewhere."""
-    mean, other = (Mean(2 * CHUNK + 5, in_last_block=in_last_block, stream=s) for s in STREAMS)
+    mean, other = (Mean(CHUNK + 5, in_last_block=in_last_block, stream=s) for s in STREAMS)
     library.emulator_begin_capture(ctypes.c_void_p(mean.stream))
     error = mean.launch(library)
     graph = library.emulator_end_capture()
@@ -162,7 +163,7 @@ def wrong_replay(library, in_last_block) -> str | None:
 
 def wrong_after_failure(library, function, error, in_last_block) -> str | None:
     """An error of the driver is an error of the call, and nothing is left of it for the next."""
-    mean = Mean(2 * CHUNK + 5, in_last_block=in_last_block)
+    mean = Mean(CHUNK + 5, in_last_block=in_last_block)
     library.emulator_fail_next(function.encode(), ctypes.c_int(error))
     if str(error) not in (mean.launch(library) or ""):
         return f"{function} failed, and the call did not"
@@ -190,25 +191,30 @@ MEANS = [
 ]
 
 
+def checks(library) -> Iterator[str | None]:
+    """What each of them finds wrong, the quick ones first."""
+    for numel in (CHUNK - 1, 257, 3 * CHUNK + 5):
+        yield from (wrong_mean(library, numel, **options) for options in MEANS)
+        yield from (wrong_scale(library, numel, channels) for channels in (1, numel))
+        yield wrong_count(library, numel)
+    yield wrong_coverage(library)
+    yield wrong_after_failure(library, "cudaMemsetAsync", OUT_OF_MEMORY, True)
+    for in_last_block in (True, False):
+        yield wrong_after_failure(library, "cudaLaunchKernel", OUT_OF_RESOURCES, in_last_block)
+        yield wrong_on_streams(library, in_last_block)
+        yield wrong_replay(library, in_last_block)
+
+
 def main(path: str) -> int:
     library = ctypes.CDLL(path)
     for name in ("probe_mean", "probe_scale", "probe_count_kept", "probe_covers"):
         getattr(library, name).restype = ctypes.c_char_p
     library.emulator_end_capture.restype = ctypes.c_size_t
-    found = []
-    for numel in (3 * CHUNK + 5, CHUNK - 1, 257):
-        found += [wrong_mean(library, numel, **options) for options in MEANS]
-        found += [wrong_scale(library, numel, channels) for channels in (1, numel)]
-        found += [wrong_count(library, numel)]
-    for in_last_block in (True, False):
-        found += [wrong_on_streams(library, in_last_block), wrong_replay(library, in_last_block)]
-        found += [wrong_after_failure(library, "cudaLaunchKernel", OUT_OF_RESOURCES, in_last_block)]
-    found += [wrong_after_failure(library, "cudaMemsetAsync", OUT_OF_MEMORY, True)]
-    found += [wrong_coverage(library)]
-    found = [what for what in found if what]
-    if found:
-        print("WRONG", found)
-    return WRONG if found else 0
+    for wrong in checks(library):
+        if wrong:
+            print("WRONG", wrong)
+            return WRONG
+    return 0
 
 
 if __name__ == "__main__":
