@@ -48,34 +48,45 @@ def in_rows(rows, weights):
     return {name: w[rows] if w.dim() == 2 else w for name, w in weights.items()}
 
 
-def mean_in_float64(logits, target, weights):
-    total = 0.0
+@pytest.fixture(scope="module")
+def sums(problem):
+    """In float64, of the losses in each column, all of them and those of positives."""
+    logits, target = problem
+    of_all, of_positives = torch.zeros(COLUMNS).double(), torch.zeros(COLUMNS).double()
     for rows in chunks():
-        options = {name: w.double() for name, w in in_rows(rows, weights).items()}
-        operands = logits[rows].double(), target[rows].double()
-        total += torch_bce(*operands, reduction="sum", **options).item()
-    return total / logits.numel()
+        t = target[rows].double()
+        losses = torch_bce(logits[rows].double(), t, reduction="none")
+        of_all += losses.sum(0)
+        of_positives += (losses * t).sum(0)
+    return of_all, of_positives
 
 
 @pytest.mark.parametrize(
     "case", ["unweighted", "bool targets", "pos_weight of a column", "weight of an element"]
 )
-def test_mean(problem, case):
+def test_mean(problem, sums, case):
     logits, target = problem
+    pos_weight = torch.rand(COLUMNS) + 0.5
+    of_all, of_positives = sums
+    weights, exact = {
+        "unweighted": ({}, of_all),
+        "bool targets": ({}, of_all),
+        # Of positives and negatives, for each target is one of them.
+        "pos_weight of a column": (
+            {"pos_weight": pos_weight},
+            of_all + of_positives * (pos_weight.double() - 1),
+        ),
+        # Any numbers, and no more memory
+        "weight of an element": ({"weight": target}, of_positives),
+    }[case]
     if case == "bool targets":
         target = target.bool()
-    weights = {
-        "unweighted": {},
-        "bool targets": {},
-        "pos_weight of a column": {"pos_weight": torch.rand(COLUMNS) + 0.5},
-        "weight of an element": {"weight": target},  # any numbers, and no more memory
-    }[case]
     # For a loss in float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = evaluate(fused, logits, target, grad_loss=torch.tensor(2.0), **weights)
     assert got.loss.dtype == torch.float32
-    exact = mean_in_float64(logits, target, weights)
-    assert got.loss.item() == pytest.approx(exact, rel=torch.finfo(torch.float32).eps)
+    mean = exact.sum().item() / logits.numel()
+    assert got.loss.item() == pytest.approx(mean, rel=torch.finfo(torch.float32).eps)
     for rows in SPOTS:
         part = reference(
             logits[rows], target[rows], reduction="sum", **in_rows(rows, weights)
