@@ -113,10 +113,12 @@ def cpu_sources() -> list[str]:
 
 
 def write_source(name: str, included: list[str]) -> str:
-    """A file below build/ that includes these."""
+    """A file below build/ that includes these. It stays as it is where another build reads it."""
     source = ROOT / "build" / "sources" / f"{name}.cpp"
-    source.parent.mkdir(parents=True, exist_ok=True)
-    source.write_text("".join(f'#include "{ROOT / path}"\n' for path in included))
+    text = "".join(f'#include "{ROOT / path}"\n' for path in included)
+    if not source.exists() or source.read_text() != text:
+        source.parent.mkdir(parents=True, exist_ok=True)
+        source.write_text(text)
     return str(source.relative_to(ROOT))
 
 
