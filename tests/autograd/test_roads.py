@@ -144,7 +144,10 @@ def test_same_bits_of_numbers_that_are_none(reduction, device):
     ("backend", "dtype", "reduction"),
     [("aot_eager", dtype, r) for dtype in (torch.float16, torch.bfloat16) for r in REDUCTIONS]
     + [("aot_eager", torch.float32, "none"), ("aot_eager", torch.float64, "mean")]
-    + [("inductor", torch.float32, "mean"), ("inductor", torch.float16, "none")],
+    + [
+        ("inductor", torch.float32, "mean"),
+        pytest.param("inductor", torch.float16, "none", marks=pytest.mark.large),
+    ],
 )
 @pytest.mark.filterwarnings(
     "ignore:`torch.jit.*` is (deprecated|not supported)"

@@ -35,7 +35,14 @@ SIZES = {"ladder": ["640"], "goals": ["1", "640"], "peers": ["2^16"]}
 
 # The warning is the compiler's own, on its way through torch.
 compiles = [pytest.mark.large, pytest.mark.filterwarnings("default::DeprecationWarning")]
-by_compile = pytest.mark.parametrize("with_compile", [False, pytest.param(True, marks=compiles)])
+
+
+def by_preset(names: list[str], compiled: list[str]):
+    """Each without torch.compile, which takes seconds, and those with it that differ in what is
+    compiled."""
+    cases = [(name, False) for name in names]
+    cases += [pytest.param(name, True, marks=compiles) for name in compiled]
+    return pytest.mark.parametrize(("preset", "with_compile"), cases)
 
 
 def run_script(name: str, *arguments: object, status: int | str = 0) -> str:
@@ -91,7 +98,9 @@ def small(monkeypatch):
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "preset", [pytest.param(p, marks=[] if p == "goals" else pytest.mark.large) for p in PRESETS]
+)
 def test_preset(monkeypatch, tmp_path, device, preset):
     # What is compiled is called below.
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
@@ -115,8 +124,7 @@ def test_preset(monkeypatch, tmp_path, device, preset):
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("preset", ["ladder", "workloads", "extras", "focal", "peers"])
-@by_compile
+@by_preset(["ladder", "workloads", "extras", "focal", "peers"], compiled=["workloads", "focal"])
 def test_contenders_compute_the_same(device, preset, with_compile):
     """Else one of them would be fast for nothing."""
     preset = PRESETS[preset]
@@ -137,8 +145,7 @@ def test_contenders_compute_the_same(device, preset, with_compile):
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("preset", ["training", "heads", "head", "pairwise"])
-@by_compile
+@by_preset(["training", "heads", "head", "pairwise"], compiled=["training", "head", "pairwise"])
 def test_steps_compute_the_same(monkeypatch, device, preset, with_compile):
     """The losses of each step, as it hands them to backward."""
     losses, backward, make_network = [], torch.Tensor.backward, training.make_network
@@ -230,6 +237,7 @@ def test_accuracy_of_pairs(monkeypatch, device):
     run_script("accuracy.py", "--loss", "pairwise", "--device", device)
 
 
+@pytest.mark.large
 def test_a_folder_of_results(tmp_path):
     """run.py as a user runs it, with no more to import from."""
     command = [sys.executable, "benchmarks/run.py", "--device", "cpu", "--sizes", "128"]
@@ -240,6 +248,7 @@ def test_a_folder_of_results(tmp_path):
     run_script("compare.py", path, path)
 
 
+@pytest.mark.large
 def test_choices(monkeypatch, tmp_path):
     """Rehearsed: on the CPU the choices do nothing."""
     for choice in ("limit_cuda_blocks", "add_up_in_last_block"):

@@ -385,7 +385,7 @@ def check_training():
     check_tensor_parallel()
 
 
-@by_world_size
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.large)], ids=str)
 def test_dtensor(world_size, tmp_path):
     run(check_dtensor, world_size, tmp_path)
 

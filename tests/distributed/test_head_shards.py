@@ -439,6 +439,6 @@ def check_head():
 
 
 # Four have a square mesh, too.
-@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.large), 4], ids=str)
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.large)], ids=str)
 def test_head(world_size, tmp_path):
     run(check_head, world_size, tmp_path)
