@@ -9,23 +9,22 @@
 
 #include <cmath>
 
-#include "terms.h"
+#include "of_terms.h"
 
 namespace fused_bce {
 
 using at::Tensor;
 
-namespace {
-
-// The terms of formulas/focal.h in its notation
-struct FocalTerms : LogisticTerms {
+// In the notation of formulas/focal.h
+template <>
+struct Terms<SigmoidFocal> : LogisticTerms {
   NumberOrTensor alpha, gamma, gamma_neg, smoothing;
   bool same_exponents;
   const Operands& operands;
   bool has_own_entropy;  // its ce is not that of t
   Tensor m;
 
-  explicit FocalTerms(const Operands& o, const ParameterTensors& tensors = {})
+  Terms(const Operands& o, const ParameterTensors& tensors)
       : LogisticTerms(o),
         alpha(parameter(o, tensors, 0)),
         gamma(parameter(o, tensors, 1)),
@@ -111,21 +110,6 @@ struct FocalTerms : LogisticTerms {
   }
 };
 
-}  // namespace
-
-template <>
-Tensor Composite<SigmoidFocal>::losses(const Operands& o, const ParameterTensors& tensors) {
-  return times_weight(FocalTerms(o, tensors).losses(), o);
-}
-
-template <>
-Tensor Composite<SigmoidFocal>::slope_by_logit(const Operands& o) {
-  return FocalTerms(o).slope_by_logit();
-}
-
-template <>
-Tensor Composite<SigmoidFocal>::slope_by_target(const Operands& o) {
-  return FocalTerms(o).slope_by_target();
-}
+template struct Composite<SigmoidFocal>;
 
 }  // namespace fused_bce

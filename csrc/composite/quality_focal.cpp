@@ -4,45 +4,36 @@
 #include <ATen/ops/pow.h>
 #include <ATen/ops/rsub.h>
 
-#include "terms.h"
+#include "of_terms.h"
 
 namespace fused_bce {
 
 using at::Tensor;
 
-namespace {
-
-// The terms of formulas/quality_focal.h in its notation
-struct QualityFocalTerms : LogisticTerms {
+// In the notation of formulas/quality_focal.h
+template <>
+struct Terms<QualityFocal> : LogisticTerms {
   NumberOrTensor beta;
   Tensor d, m;
 
-  explicit QualityFocalTerms(const Operands& o, const ParameterTensors& tensors = {})
+  Terms(const Operands& o, const ParameterTensors& tensors)
       : LogisticTerms(o), beta(parameter(o, tensors, 0)), d(q - c), m(away_from_0(d.abs())) {}
 
   Tensor power() const { return beta.tensor ? at::pow(m, *beta.tensor) : at::pow(m, beta.number); }
+
+  Tensor losses() const { return product(power(), ce); }
+
+  Tensor slope_by_logit() const {
+    const Tensor by_weight = beta.times(c / m * at::rsub(c, 1) * finite_ce());
+    return side * d.sign() * power() * (m + by_weight) * -1;
+  }
+
+  Tensor slope_by_target() const {
+    const Tensor by_weight = beta.times(d.sign() * finite_ce() / m);
+    return side * power() * (by_weight - b);
+  }
 };
 
-}  // namespace
-
-template <>
-Tensor Composite<QualityFocal>::losses(const Operands& o, const ParameterTensors& tensors) {
-  const QualityFocalTerms terms(o, tensors);
-  return times_weight(terms.product(terms.power(), terms.ce), o);
-}
-
-template <>
-Tensor Composite<QualityFocal>::slope_by_logit(const Operands& o) {
-  const QualityFocalTerms v(o);
-  const Tensor by_weight = v.beta.times(v.c / v.m * at::rsub(v.c, 1) * v.finite_ce());
-  return v.side * v.d.sign() * v.power() * (v.m + by_weight) * -1;
-}
-
-template <>
-Tensor Composite<QualityFocal>::slope_by_target(const Operands& o) {
-  const QualityFocalTerms v(o);
-  const Tensor by_weight = v.beta.times(v.d.sign() * v.finite_ce() / v.m);
-  return v.side * v.power() * (by_weight - v.b);
-}
+template struct Composite<QualityFocal>;
 
 }  // namespace fused_bce

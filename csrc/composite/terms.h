@@ -69,7 +69,7 @@ inline NumberOrTensor parameter(const Operands& o, const ParameterTensors& tenso
   return {o.parameters[place], tensors[place]};
 }
 
-// Each formula defines these in a file of its name.
+// Each formula defines these in a file of its name: see of_terms.h.
 template <class Formula>
 struct Composite {
   // Of each element, times its weight. The tensors take the place of the formula's parameters.
