@@ -58,9 +58,8 @@ def _folder_of_torch_is_quoted():
 @pytest.fixture
 def _fresh_compiler():
     """Graphs of other tests count towards its limits."""
-    from torch._dynamo.utils import (
-        counters,  # takes a second, and few tests compile
-    )
+    # Takes a second, and few tests compile.
+    from torch._dynamo.utils import counters
 
     torch.compiler.reset()
     counters.clear()

@@ -22,8 +22,6 @@ multiprocessing.set_forkserver_preload(
     ]
 )
 
-by_world_size = pytest.mark.parametrize("world_size", [2, 4])
-
 
 def run(check, world_size: int, tmp_path) -> None:
     """Runs ``check()`` in that many processes; raises what one of them raised."""

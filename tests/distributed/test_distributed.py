@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from helpers import REDUCTIONS, by_torch, evaluate, fused, is_fused, torch_bce
 from loss_cases import LOSSES
-from processes import by_world_size, meshes, run
+from processes import meshes, run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -394,6 +394,6 @@ def test_pointwise(tmp_path):
     run(check_pointwise, 2, tmp_path)
 
 
-@by_world_size
+@pytest.mark.parametrize("world_size", [2, 4], ids=str)
 def test_training(world_size, tmp_path):
     run(check_training, world_size, tmp_path)
